@@ -118,6 +118,25 @@ class CachedBlocks:
         self._key_of[block], self._block_of[key] = key, block
         self._state.pool.marks[block] |= KEYED
 
+    def namespaces(self, blocks: Int32) -> list[str | None]:
+        """Return the namespaces of published blocks. O(blocks). Raises: as `keys`."""
+        with self._state.lock:
+            forest, index = self._state.forest, self._published(blocks)
+            nodes = (forest.nodes[number] for number in forest.node_of[index].tolist())
+            return [node.tree[0] for node in nodes if node is not None]
+
+    def evict(self, namespace: str | None) -> int:
+        """Evict all cached blocks of a namespace that no sequence holds; return how many.
+
+        O(cached blocks of the namespace).
+        """
+        state = self._state
+        with state.lock, state.change:
+            state.change.begin()
+            count = state.evictor.evict_namespace(namespace)
+            state.totals["evicted"] += count
+            return count
+
     def mark_offered(self, blocks: Int32) -> None:
         """Offer `blocks` no more until they were used again. O(blocks)."""
         state = self._state

@@ -22,6 +22,8 @@ from kvpager.blocks.radix import Forest, Node
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import NO_BLOCKS
 
+_OWN_QUEUE = -1  # of a namespace without a quota, while its blocks are evicted
+
 
 class Evictor:
     """Keeps the eviction order of idle cached blocks, and evicts them.
@@ -160,6 +162,19 @@ class Evictor:
                 gone.append(blocks)
                 count -= num_idle
         return self._forget(gone)
+
+    def evict_namespace(self, namespace: str | None) -> int:
+        """Evict all idle blocks of a namespace. O(its nodes log n). As `evict`."""
+        has_queue = namespace in self._queue_of
+        if not has_queue:
+            self.add_queue(namespace, _OWN_QUEUE)
+        try:
+            runs = list(self._forest.owned_by(namespace))
+            num_idle = sum(int(np.count_nonzero(self.idle(run))) for run in runs)
+            return self.evict_from(self._queue_of[namespace], num_idle)
+        finally:
+            if not has_queue:
+                self.drop_queue(namespace)
 
     def _forget(self, gone: list[Blocks]) -> int:
         blocks = gone[0] if len(gone) == 1 else np.concatenate([NO_BLOCKS, *gone])

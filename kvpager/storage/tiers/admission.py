@@ -7,13 +7,34 @@ from typing import Literal, get_args
 
 from kvpager import _validate as arguments
 from kvpager._text import listed
+from kvpager.storage.tiers.protocol import BlockStore
 
 Admit = Literal["auto", "always", "second"]
 
 # Refused keys to remember, for each block of the store. On the Mooncake trace "auto" then keeps
 # 97 % of the hits of "always" with 42 % of its writes, in a store of twice the device's blocks.
+_LARGE = 4  # times the device's blocks: from here on, fewer writes cost too many hits
 _REMEMBERED = 4
 _REMEMBERED_MAX = 1 << 19  # about 100 MB
+
+
+def admission(store: BlockStore, admit: Admit, num_device_blocks: int) -> Admission | None:
+    """Return what chooses the blocks of a store; None if the store takes all or chooses itself.
+
+    O(1). Raises: `ValueError` for another `admit`.
+    """
+    capacity = store.stats().capacity
+    chooses = Admission(admit, capacity or num_device_blocks)
+    if hasattr(store, "admit") or admit == "always":
+        return None
+    is_large = capacity is None or capacity >= _LARGE * num_device_blocks
+    return None if admit == "auto" and is_large else chooses
+
+
+def has_free_room(store: BlockStore) -> bool:
+    """Return True if a store takes more blocks without an eviction. O(1)."""
+    stats = store.stats()
+    return stats.capacity is None or (stats.num_blocks or 0) < stats.capacity
 
 
 class Admission:

@@ -9,14 +9,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
+from kvpager.storage.tiers.costs import TransferCost
+from kvpager.storage.tiers.namespaces import NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore, Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 16  # blocks of one call of a store
+_MOVED = (Loaded.HIT, Loaded.LATE)
 
 
 @dataclass(eq=False)
@@ -30,6 +35,7 @@ class Fetch:
         num_waiting: how many callers of `begin` share it.
         slots: the staging slots of blocks loaded, in order from block `first` on.
         sources: the number of the store that each of them came from.
+        is_void: True if its blocks may not be used any more.
     """
 
     tokens: Int32
@@ -40,6 +46,7 @@ class Fetch:
     num_waiting: int = 0
     slots: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+    is_void: bool = False
     work: Future[None] | None = None
 
     @property
@@ -59,14 +66,35 @@ class Loader:
     """Carries out fetches. One thread calls `start`, `cancel` and `close`."""
 
     def __init__(
-        self, stores: Sequence[BlockStore], staging: SlotMemory, on_end: Callable[[], None]
+        self,
+        stores: Sequence[BlockStore],
+        staging: SlotMemory,
+        tracked: NamespaceKeys,
+        recompute_s: Callable[[int], float] | None,
+        on_end: Callable[[], None],
     ) -> None:
-        """Call `on_end` on a thread when a fetch is done."""
+        """Call `on_end` on a thread when a fetch is done.
+
+        A store is left out if `recompute_s`, of a number of blocks, is less than its estimate.
+        """
         self._stores = stores
         self._staging = staging
+        self._tracked = tracked
+        self._recompute_s = recompute_s
         self._on_end = on_end
+        self.costs = [TransferCost() for _ in stores]
         self._threads = ThreadPoolExecutor(2, "kvpager-load")
         self._closing = threading.Event()
+
+    def is_worth(self, num_blocks: int) -> bool:
+        """Return True if a store may load blocks faster than they are computed. O(stores)."""
+        return any(self._is_worth(number, num_blocks) for number in range(len(self._stores)))
+
+    def _is_worth(self, number: int, num_blocks: int) -> bool:
+        if self._recompute_s is None:
+            return True
+        num_bytes = num_blocks * self._staging.block_bytes
+        return self.costs[number].is_worth(num_bytes, self._recompute_s(num_blocks))
 
     def start(self, fetch: Fetch) -> None:
         """Load the blocks of a fetch soon, until one is missing, late, or has no slot. O(1)."""
@@ -88,31 +116,52 @@ class Loader:
     def _load(self, fetch: Fetch) -> None:
         for number, store in enumerate(self._stores):
             try:
-                while self._load_batch(fetch, number, store):
-                    pass
+                self._load_from(fetch, number, store)
             except Exception:
                 logger.exception("the store %s failed to load", store.name)
 
-    def _load_batch(self, fetch: Fetch, number: int, store: BlockStore) -> bool:
-        """Load the next blocks from one store. Return True if all of them came."""
-        wanted = fetch.keys[fetch.first + len(fetch.slots) :][:_BATCH]
-        if not wanted or self._closing.is_set() or time.monotonic() >= fetch.deadline:
+    def _load_from(self, fetch: Fetch, number: int, store: BlockStore) -> None:
+        """Load the next blocks from one store, as many as it has."""
+        wanted = fetch.keys[fetch.first + len(fetch.slots) :]
+        if not wanted or self._is_over(fetch):
+            return
+        if surplus := self._tracked.surplus(number):  # blocks that are too old are not served
+            store.drop(surplus)
+        begun = time.monotonic()
+        count = store.find(wanted)
+        self.costs[number].found(time.monotonic() - begun)
+        if not count or not self._is_worth(number, count):
+            return
+        self.costs[number].begin_load()
+        for start in range(0, count, _BATCH):
+            keys = wanted[start : min(start + _BATCH, count)]
+            if self._is_over(fetch) or not self._load_batch(fetch, number, keys):
+                return
+
+    def _is_over(self, fetch: Fetch) -> bool:
+        return self._closing.is_set() or fetch.is_void or time.monotonic() >= fetch.deadline
+
+    def _load_batch(self, fetch: Fetch, number: int, keys: list[bytes]) -> bool:
+        """Load blocks from one store. Return True if all of them came."""
+        if not (slots := self._staging.take(len(keys))):
             return False
-        if not (count := store.find(wanted)):
-            return False
-        slots = self._staging.take(count)
         num_hits = 0
         try:
-            if slots:
-                into = [self._staging.slot(slot) for slot in slots]
-                outcomes = store.load(wanted[: len(slots)], into, fetch.deadline)
-                hits = outcomes == Loaded.HIT
-                num_hits = len(hits) if hits.all() else int(hits.argmin())
+            into, begun = [self._staging.slot(slot) for slot in slots], time.monotonic()
+            outcomes = self._stores[number].load(keys[: len(slots)], into, fetch.deadline)
+            # A late block took at least that long.
+            num_moved = int(np.isin(outcomes, _MOVED).sum())
+            if num_moved:
+                num_bytes = num_moved * self._staging.block_bytes
+                self.costs[number].loaded(num_bytes, time.monotonic() - begun)
+            hits = outcomes == Loaded.HIT
+            num_hits = len(hits) if hits.all() else int(hits.argmin())
         finally:
             fetch.slots += slots[:num_hits]
             fetch.sources += [number] * num_hits
             self._staging.give(slots[num_hits:])
-        return 0 < num_hits == len(slots)
+        self._tracked.add(number, fetch.identity["namespace"], keys[:num_hits])
+        return num_hits == len(keys)
 
     def close(self) -> None:
         """Begin no more transfers, and wait for the threads."""

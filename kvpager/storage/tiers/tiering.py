@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
+from typing import Unpack
 
 from numpy.typing import ArrayLike
 
@@ -21,11 +23,15 @@ from kvpager import _validate as arguments
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import KeyParts
 from kvpager.errors import OutOfBlocks
+from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
+from kvpager.storage.tiers.admission import Admit, admission, has_free_room
 from kvpager.storage.tiers.loading import Fetch, Loader
+from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore
-from kvpager.storage.tiers.saving import Saver
+from kvpager.storage.tiers.saving import Saver, StagedBlock
 from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.tiering_stats import TieringStats, TierStats
 
 _FETCHES_MAX = 256  # under way at once
 
@@ -35,8 +41,13 @@ class Tiering:
 
     `context_of(namespace, lora)` returns what keys cover besides tokens; it must always return the
     same. Stores are asked in order, the fastest first. `recompute_s(num_blocks)` estimates how long
-    the model takes to compute blocks: a fetch gives up after half of that. Without it, a fetch
-    takes at most `max_wait_s` seconds. A step should copy at most `step_bytes_max` bytes.
+    the model takes to compute blocks: a fetch gives up after half of that, and stores that are
+    slower by their own measurements are left out. Without it, a fetch takes at most `max_wait_s`
+    seconds. A step should copy at most `step_bytes_max` bytes.
+
+    `admit` chooses the blocks that stores are offered, see `Admission`. "auto" is "always" for a
+    store without a bound, or with at least four times the device's blocks. A store with an
+    attribute `admit`, such as `DiskStore`, chooses by itself.
 
     A block that was offered counts as saved when a store has said so: see `manager.cached`. Blocks
     that came from a store are also saved in the stores before it, while as many slots are free.
@@ -59,6 +70,7 @@ class Tiering:
         max_wait_s: float = 2.0,
         recompute_s: Callable[[int], float] | None = None,
         step_bytes_max: int = 64 << 20,
+        admit: Admit = "auto",
     ) -> None:
         """Use `stores` from now on; `close` closes them. Raises: `ValueError`, `TypeError`."""
         self.stores = tuple(stores)
@@ -68,14 +80,21 @@ class Tiering:
         self._keying = ContentKeying(manager.block_size, context_of)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
+        self._choosing = [
+            (store, admission(store, admit, manager.num_blocks)) for store in self.stores
+        ]
         step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
         self.step_blocks_max = max(1, step_bytes_max // staging.block_bytes)
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
         self.on_progress: Callable[[], None] = lambda: None
-        self._loader = Loader(self.stores, staging, on_end=lambda: self.on_progress())
-        self._saver = Saver(
-            self.stores, staging, self._max_wait_s, on_end=lambda: self.on_progress()
+        tracked = self._tracked = NamespaceKeys(len(self.stores))
+        self._loader = Loader(
+            self.stores, staging, tracked, recompute_s, on_end=lambda: self.on_progress()
         )
+        self._saver = Saver(
+            self.stores, staging, tracked, self._max_wait_s, on_end=lambda: self.on_progress()
+        )
+        self._num_declined = 0
         self._is_open = True
         self.is_clean = False
 
@@ -91,27 +110,40 @@ class Tiering:
     ) -> Fetch | None:
         """Begin to load the blocks of `prompt` that are not cached. O(tokens).
 
-        Returns None if all are cached, or if 256 fetches are under way. Two prompts with the same
-        first missing block share one fetch: the second returns when the first does, and its other
-        blocks are not loaded.
+        Returns None if all are cached, if 256 fetches are under way, or if every store would take
+        longer than the model. Two prompts with the same first missing block share one fetch: the
+        second returns when the first does, and its other blocks are not loaded.
         """
-        tokens, shown = arguments.token_ids(prompt), list(mm_hashes)
-        manager, size = self._manager, self._manager.block_size
+        identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": list(mm_hashes)}
+        return self._begin(prompt, identity, self._wait_s)
+
+    def _wait_s(self, num_blocks: int) -> float | None:
+        """Return how long to wait for blocks; None if they are computed sooner."""
+        if not self._loader.is_worth(num_blocks):
+            self._num_declined += 1
+            return None
+        if self._recompute_s is None:
+            return self._max_wait_s
+        return min(self._max_wait_s, self._recompute_s(num_blocks) / 2)
+
+    def _begin(
+        self, prompt: ArrayLike, identity: KeyParts, wait_s: Callable[[int], float | None]
+    ) -> Fetch | None:
+        tokens, manager, size = arguments.token_ids(prompt), self._manager, self._manager.block_size
         # The last token is always computed, so its block need not be complete.
         num_blocks = (len(tokens) - 1) // size
-        identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": shown}
         first = manager.match_prefix(tokens, **identity) // size
         if first >= num_blocks:
             return None
-        keys = content_keys(tokens, size, self._context_of(namespace, lora), shown)[:num_blocks]
+        context = self._context_of(identity["namespace"], identity["lora"])
+        keys = content_keys(tokens, size, context, identity["mm_hashes"])[:num_blocks]
         fetch = self._fetching.get(keys[first])
         if fetch is None:
             if len(self._fetching) >= _FETCHES_MAX or not self._is_open:
                 return None
-            wait_s = self._max_wait_s
-            if self._recompute_s is not None:
-                wait_s = min(wait_s, self._recompute_s(num_blocks - first) / 2)
-            fetch = Fetch(tokens, identity, first, keys, time.monotonic() + wait_s)
+            if (seconds := wait_s(num_blocks - first)) is None:
+                return None
+            fetch = Fetch(tokens, identity, first, keys, time.monotonic() + seconds)
             self._loader.start(fetch)
             self._fetching[keys[first]] = fetch
         fetch.num_waiting += 1
@@ -136,7 +168,7 @@ class Tiering:
         self._forget(fetch)
         added = None
         try:
-            if fetch.slots:
+            if fetch.slots and not fetch.is_void:
                 added = self._attach(fetch, len(fetch.slots) if most is None else most)
         finally:
             if added is None:
@@ -169,7 +201,7 @@ class Tiering:
             slots, sources = slots[skipped:], sources[skipped:]
             if not slots:
                 return {}
-            self._promote(fetch.keys[start:stop], slots, sources)
+            self._promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
             self._staging.write(slots, manager.block_tables([sequence])[0][start:stop].tolist())
             manager.commit(sequence, stop * size)
             found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **loader)
@@ -178,15 +210,17 @@ class Tiering:
         finally:
             manager.free(sequence)
 
-    def _promote(self, keys: list[bytes], slots: list[int], sources: list[int]) -> None:
+    def _promote(
+        self, keys: list[bytes], namespace: str | None, slots: list[int], sources: list[int]
+    ) -> None:
         """Save blocks in the stores before the one each came from."""
-        wanted = {
-            store: [index for index, source in enumerate(sources) if source > store]
-            for store in range(max(sources))
-        }
-        if wanted and self._staging.num_free >= len(slots):
+        blocks = [
+            StagedBlock(key, namespace, slot, range(source))
+            for key, slot, source in zip(keys, slots, sources, strict=True)
+        ]
+        if any(sources) and self._staging.num_free >= len(slots):
             self._staging.share(slots)
-            self._saver.submit(keys, slots, wanted)
+            self._saver.submit(blocks)
 
     def _mark_loaded(self, keys: list[bytes], sources: list[int]) -> dict[str, int]:
         """Mark blocks clean in the stores they came from. Return the tokens of each store."""
@@ -229,34 +263,136 @@ class Tiering:
         self._read_news()
         blocks = cached.leaving(count)
         self.is_clean = not len(blocks)
-        slots = self._staging.take(len(blocks))
-        blocks = blocks[: len(slots)]
         if not len(blocks) or not self._is_open:
-            self._staging.give(slots)
             return 0
+        slots = self._staging.take(len(blocks))
         try:
+            blocks = blocks[: len(slots)]
             keys = cached.keys(blocks, self._keying)
-            try:
-                ticket = cached.hold(blocks)
-            except ValueError:  # floors of namespaces need the blocks: try again later
-                self.is_clean = True
-                self._staging.give(slots)
+            wanted = self._wanted(keys)
+            chosen = [number for number, stores in enumerate(wanted) if stores]
+            used = slots[: len(chosen)]
+            namespaces = cached.namespaces(blocks[chosen])
+            if not self._copy(blocks[chosen], used):
+                self.is_clean = True  # floors of namespaces need the blocks: try again later
                 return 0
-            try:
-                self._staging.read(blocks.tolist(), slots)
-                cached.mark_offered(blocks)
-            finally:
-                cached.release(ticket)
-        except BaseException:
+            cached.mark_offered(blocks)
+            slots = slots[len(chosen) :]
+        finally:
             self._staging.give(slots)
-            raise
-        self._saver.submit(keys, slots, dict.fromkeys(range(len(self.stores)), range(len(keys))))
-        return len(blocks)
+        if chosen:
+            parts = zip(chosen, namespaces, used, strict=True)
+            self._saver.submit([StagedBlock(keys[n], *each, wanted[n]) for n, *each in parts])
+        return len(chosen)
+
+    def _wanted(self, keys: list[bytes]) -> list[list[int]]:
+        """Return the numbers of the stores that each block is offered."""
+        has_room = [chooses is None or has_free_room(store) for store, chooses in self._choosing]
+        return [
+            [
+                number
+                for number, (_, chooses) in enumerate(self._choosing)
+                if chooses is None or chooses.admits(key, has_room=has_room[number])
+            ]
+            for key in keys
+        ]
+
+    def _copy(self, blocks: Int32, slots: list[int]) -> bool:
+        """Copy blocks into staging; return False if floors do not allow to hold them."""
+        if not slots:
+            return True
+        try:
+            ticket = self._manager.cached.hold(blocks)
+        except ValueError:
+            return False
+        try:
+            self._staging.read(blocks.tolist(), slots)
+        finally:
+            self._manager.cached.release(ticket)
+        return True
 
     def _read_news(self) -> None:
         cached = self._manager.cached
         for store, keys, is_kept in self._saver.take_news():
             (cached.mark_clean if is_kept else cached.mark_dirty)(keys, store)
+
+    # ---------------------------------------------------------------- for callers
+
+    def warm(
+        self,
+        prompts: Iterable[ArrayLike],
+        *,
+        namespace: str | None = None,
+        lora: str | None = None,
+        wait_s: float = 60.0,
+    ) -> int:
+        """Fetch prompts and wait for them, each at most `wait_s` seconds. O(bytes).
+
+        Returns how many tokens were added to the prefix cache.
+        """
+        wait_s = arguments.seconds("wait_s", wait_s)
+        identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": []}
+        count = 0
+        for prompt in prompts:
+            fetch = self._begin(prompt, identity, lambda _: wait_s)
+            if fetch is not None and fetch.work is not None:
+                wait([fetch.work])
+                count += sum(self.attach(fetch).values())
+        return count
+
+    def retain(self, prompt: ArrayLike, **key: Unpack[KeyParts]) -> int:
+        """Keep the cached blocks of a prompt on the device until `release`. O(tokens).
+
+        Returns a ticket. Stores may drop their copies meanwhile: blocks are offered again when they
+        are about to leave. Raises: `ValueError` if floors of namespaces need the blocks.
+        """
+        manager = self._manager
+        found = manager.match_prefix(prompt, blocks=True, **key)
+        return manager.cached.hold(found.blocks[: found.num_tokens // manager.block_size])
+
+    def release(self, ticket: int) -> None:
+        """End a `retain`. O(blocks). Raises: `ValueError` for a ticket that is not open."""
+        self._manager.cached.release(ticket)
+
+    def limit(
+        self, namespace: str, *, capacity: int | str | None = None, ttl_s: float | None = None
+    ) -> None:
+        """Bound what each store keeps of a namespace: bytes such as "4GiB", and seconds.
+
+        This counts the blocks that this process saved or loaded. The oldest are dropped when others
+        are saved, and those that are too old before others are loaded. Raises: `ValueError`,
+        `TypeError` for a bad argument.
+        """
+        num_bytes = arguments.parse_memory(capacity, "capacity")
+        num_blocks = None if num_bytes is None else num_bytes // self._staging.block_bytes
+        ttl_s = None if ttl_s is None else arguments.seconds("ttl_s", ttl_s)
+        self._tracked.set_limit(_named(namespace), Limit(num_blocks, ttl_s))
+
+    def forget(self, namespace: str) -> Future[int]:
+        """Drop the blocks of a namespace from the prefix cache, and soon from all stores.
+
+        Fetches under way add nothing. Blocks that a sequence holds stay cached. Returns how many
+        blocks of stores this process knew and dropped; stores may have others, which earlier
+        processes or other machines saved: only another secret in `context_of` makes sure that no
+        block is found. O(cached blocks of the namespace).
+        """
+        self._manager.cached.evict(_named(namespace))
+        for fetch in self._fetching.values():
+            fetch.is_void = fetch.is_void or fetch.identity["namespace"] == namespace
+        return self._saver.forget(namespace)
+
+    def stats(self) -> TieringStats:
+        """Return counts since the tiering began. O(stores)."""
+        return TieringStats(
+            tiers=tuple(
+                TierStats(store.name, store.stats(), cost.latency_s, cost.bytes_per_s)
+                for store, cost in zip(self.stores, self._loader.costs, strict=True)
+            ),
+            num_fetching=len(self._fetching),
+            num_free_slots=self._staging.num_free,
+            total_declined=self._num_declined,
+            total_dropped_dirty=self._manager.cached.num_dropped_dirty,
+        )
 
     # ---------------------------------------------------------------- end
 
@@ -271,3 +407,9 @@ class Tiering:
         with contextlib.ExitStack() as stores:  # closes all, whichever raises
             for store in self.stores:
                 stores.callback(store.close)
+
+
+def _named(namespace: str) -> str:
+    if not isinstance(namespace, str):
+        raise TypeError(f"namespace={namespace!r}: expected a name")
+    return namespace

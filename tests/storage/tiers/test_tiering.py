@@ -3,105 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
-from kvpager import BlockManager, BlockStorage
-from kvpager.storage.keys import KeyContext
-from kvpager.storage.staging import Staging
-from kvpager.storage.tiers.protocol import Saved
-from kvpager.storage.tiers.tiering import Fetch, Tiering
+from kvpager.storage.tiers.loading import Fetch
 from tests.support.dict_store import DictStore
-
-SIZE, SHAPE = 4, (1, 2, 2)
-
-
-class Node:
-    """A process: a manager, a storage whose KV is a function of the tokens, and its tiering."""
-
-    def __init__(
-        self, stores: Sequence[Any] | None = None, *, num_blocks: int = 16, slots: int = 32,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        self.manager = BlockManager(num_blocks, SIZE)
-        self.storage = BlockStorage(num_blocks, SIZE, [SHAPE], dtype=torch.float32)
-        self.staging = Staging(self.storage, slots)
-        self.stores = [DictStore(self.storage.block_bytes)] if stores is None else list(stores)
-        self.tiering = Tiering(
-            self.manager, self.staging, self.stores,
-            lambda namespace, lora: KeyContext("layout", "model", (namespace or "").encode().ljust(
-                16 if namespace else 0), lora),
-            **options,
-        )  # fmt: skip
-
-    def compute(self, tokens: list[int], **key: Any) -> int:
-        """Prefill a prompt as a model would, and free it. Returns the tokens that were cached."""
-        manager, (keys, values) = self.manager, self.storage.layer(0)
-        sequence = manager.allocate(tokens, **key)
-        self.storage.copy(sequence.copies)
-        slots = manager.slots(sequence, 0, len(tokens))
-        expected = kv(tokens, key)
-        start = sequence.num_cached_tokens
-        for at in range(start, len(tokens)):
-            block, offset = divmod(int(slots[at]), SIZE)
-            keys[block, offset] = values[block, offset] = expected[at]
-        manager.commit(sequence)
-        for at in range(len(tokens)):
-            block, offset = divmod(int(slots[at]), SIZE)
-            assert (keys[block, offset] == expected[at]).all(), f"token {at} reads wrong"
-            assert (values[block, offset] == expected[at]).all()
-        manager.free(sequence)
-        return start
-
-    def fetch(self, tokens: list[int], **key: Any) -> int:
-        """Fetch and attach a prompt's blocks; return how many were added."""
-        fetch = self.tiering.begin(tokens, **key)
-        if fetch is None:
-            return 0
-        finished(fetch)
-        return sum(self.tiering.attach(fetch).values()) // SIZE
-
-    def clean(self) -> int:
-        """Save all blocks that are idle."""
-        count = 0
-        while saved := self.tiering.clean(1000):
-            count += saved
-            self.settle()
-        return count
-
-    def settle(self) -> None:
-        """Wait until all saves have ended."""
-        self.tiering._saver._thread.submit(lambda: None).result(60)
-
-    def end(self) -> None:
-        self.tiering.close()
-        assert self.staging.num_free == self.staging.num_slots
-        self.manager.check()
-        stats = self.manager.stats()
-        assert stats.num_free + stats.num_cached == stats.num_blocks
-        assert all(store.is_closed for store in self.stores)
-
-
-def kv(tokens: list[int], key: dict[str, Any]) -> list[int]:
-    """A number for each token that depends on all before it, and on namespace and LoRA."""
-    chain, values = hash(str(key)) % 1000, []
-    for token in tokens:
-        chain = (chain * 31 + token + 1) % 100_003
-        values.append(chain)
-    return values
-
-
-def finished(fetch: Fetch) -> None:
-    assert fetch.work is not None
-    fetch.work.exception(60)
-
-
-def prompt(seed: int, length: int = 21) -> list[int]:
-    source = random.Random(seed)
-    return [source.randrange(50) for _ in range(length)]
+from tests.support.tier_node import SIZE, Node, finished, prompt
 
 
 def test_another_process_finds_what_one_computed() -> None:
@@ -405,88 +313,6 @@ def test_one_broken_store_keeps_no_block_from_the_next() -> None:
     node.compute(prompt(1))
     node.clean()
     assert len(whole.blocks) == 5
-    node.end()
-
-
-# ------------------------------------------------------------------- what stores answered
-
-
-@pytest.mark.parametrize("answer", [Saved.REFUSED, Saved.LATE, None])
-def test_a_block_that_no_store_took_is_dirty_and_offered_once_a_use(answer: Saved | None) -> None:
-    node = Node(num_blocks=8)
-    (store,) = node.stores
-    store.fails, store.answer = answer is None, answer or Saved.SAVED
-    node.compute(prompt(1))
-    assert node.clean() == 5
-    assert node.clean() == 0
-    assert node.compute(prompt(1)) == 20
-    assert node.clean() == 5
-    node.manager.clear_prefix_cache()
-    assert node.manager.cached.num_dropped_dirty == 5
-    node.end()
-
-
-def test_a_saved_block_is_evicted_without_a_loss() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    assert node.clean() == 5
-    assert node.compute(prompt(1)) == 20
-    assert node.clean() == 0  # its store has it
-    node.manager.clear_prefix_cache()
-    assert node.manager.cached.num_dropped_dirty == 0
-    node.end()
-
-
-def test_a_block_that_a_store_lost_is_offered_again_after_its_use() -> None:
-    node = Node()
-    (store,) = node.stores
-    node.compute(prompt(1))
-    node.clean()
-    store.capacity = 4
-    node.compute(prompt(2, 9))
-    assert node.clean() == 2  # pushes three others out
-    store.capacity = None
-    assert node.compute(prompt(1)) == 20
-    assert node.clean() == 3
-    node.end()
-
-
-def test_a_store_with_too_little_room_is_not_offered_blocks_without_end() -> None:
-    node = Node()
-    (store,) = node.stores
-    store.capacity = 2
-    node.compute(prompt(1))
-    assert node.clean() == 5
-    assert store.num_saves == 5
-    node.manager.clear_prefix_cache()
-    assert node.manager.cached.num_dropped_dirty == 3
-    node.end()
-
-
-def test_an_answer_that_comes_after_the_block_changed_marks_nothing() -> None:
-    node = Node(num_blocks=6)
-    (store,) = node.stores
-    node.compute(prompt(1))
-    store.gate.clear()
-    assert node.tiering.clean() == 5
-    node.compute(prompt(2))  # in the same blocks
-    store.gate.set()
-    node.settle()
-    assert node.manager.cached.num_dropped_dirty == 5  # not waited for
-    assert node.clean() == 5
-    node.end()
-
-
-def test_a_refusing_store_does_not_hide_that_another_has_the_block() -> None:
-    stores = [DictStore(0), DictStore(0)]
-    stores[0].answer = Saved.REFUSED
-    node = Node(stores)
-    node.compute(prompt(1))
-    node.clean()
-    assert node.compute(prompt(1)) == 20
-    assert node.clean() == 0
-    node.manager.clear_prefix_cache()
-    assert node.manager.cached.num_dropped_dirty == 0
     node.end()
 
 

@@ -42,6 +42,7 @@ class DiskStore:
     before each block: a transfer that has begun is finished.
 
     Attributes:
+        admit: which blocks it takes.
         losses: the keys that were evicted, dropped, damaged or too old.
     """
 
@@ -73,7 +74,7 @@ class DiskStore:
         slot_bytes = PAGE_BYTES + -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
         num_slots = _slots_in(capacity, slot_bytes)
         each = max(_SEGMENT_BYTES_MIN // slot_bytes, -(-num_slots // _SEGMENTS), 1)
-        self._admission = Admission(admit, num_slots)
+        self.admit, self._admission = admit, Admission(admit, num_slots)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)  # a transfer has ended
         self._closing = threading.RLock()  # a signal handler may close too

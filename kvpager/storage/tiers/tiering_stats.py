@@ -1,0 +1,26 @@
+"""Counts of a `Tiering`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvpager.storage.tiers.protocol import StoreStats
+
+
+class TierStats(NamedTuple):
+    """Counts of one store, and how fast it is by its own transfers, 0 if unknown."""
+
+    name: str
+    store: StoreStats
+    latency_s: float
+    bytes_per_s: float
+
+
+class TieringStats(NamedTuple):
+    """Counts at one moment."""
+
+    tiers: tuple[TierStats, ...]
+    num_fetching: int  # prompts on their way
+    num_free_slots: int  # of staging
+    total_declined: int  # prompts that the model computes sooner than any store loads them
+    total_dropped_dirty: int  # blocks that were evicted before a store had them

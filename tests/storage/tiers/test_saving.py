@@ -1,0 +1,88 @@
+"""A block counts as saved when a store has answered that it has it."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvpager.storage.tiers.protocol import Saved
+from tests.support.dict_store import DictStore
+from tests.support.tier_node import Node, prompt
+
+
+@pytest.mark.parametrize("answer", [Saved.REFUSED, Saved.LATE, None])
+def test_a_block_that_no_store_took_is_dirty_and_offered_once_a_use(answer: Saved | None) -> None:
+    node = Node(num_blocks=8)
+    (store,) = node.stores
+    store.fails, store.answer = answer is None, answer or Saved.SAVED
+    node.compute(prompt(1))
+    assert node.clean() == 5
+    assert node.clean() == 0
+    assert node.compute(prompt(1)) == 20
+    assert node.clean() == 5
+    node.manager.clear_prefix_cache()
+    assert node.manager.cached.num_dropped_dirty == 5
+    node.end()
+
+
+def test_a_saved_block_is_evicted_without_a_loss() -> None:
+    node = Node()
+    node.compute(prompt(1))
+    assert node.clean() == 5
+    assert node.compute(prompt(1)) == 20
+    assert node.clean() == 0  # its store has it
+    node.manager.clear_prefix_cache()
+    assert node.manager.cached.num_dropped_dirty == 0
+    node.end()
+
+
+def test_a_block_that_a_store_lost_is_offered_again_after_its_use() -> None:
+    node = Node()
+    (store,) = node.stores
+    node.compute(prompt(1))
+    node.clean()
+    store.capacity = 4
+    node.compute(prompt(2, 9))
+    assert node.clean() == 2  # pushes three others out
+    store.capacity = None
+    assert node.compute(prompt(1)) == 20
+    assert node.clean() == 3
+    node.end()
+
+
+def test_a_store_with_too_little_room_is_not_offered_blocks_without_end() -> None:
+    node = Node()
+    (store,) = node.stores
+    store.capacity = 2
+    node.compute(prompt(1))
+    assert node.clean() == 5
+    assert store.num_saves == 5
+    node.manager.clear_prefix_cache()
+    assert node.manager.cached.num_dropped_dirty == 3
+    node.end()
+
+
+def test_an_answer_that_comes_after_the_block_changed_marks_nothing() -> None:
+    node = Node(num_blocks=6)
+    (store,) = node.stores
+    node.compute(prompt(1))
+    store.gate.clear()
+    assert node.tiering.clean() == 5
+    node.compute(prompt(2))  # in the same blocks
+    store.gate.set()
+    node.settle()
+    assert node.manager.cached.num_dropped_dirty == 5  # not waited for
+    assert node.clean() == 5
+    node.end()
+
+
+def test_a_refusing_store_does_not_hide_that_another_has_the_block() -> None:
+    stores = [DictStore(0), DictStore(0)]
+    stores[0].answer = Saved.REFUSED
+    node = Node(stores)
+    node.compute(prompt(1))
+    node.clean()
+    assert node.compute(prompt(1)) == 20
+    assert node.clean() == 0
+    node.manager.clear_prefix_cache()
+    assert node.manager.cached.num_dropped_dirty == 0
+    node.end()
