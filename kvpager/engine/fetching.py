@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from kvpager.engine.model_watch import ModelGuard
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
-from kvpager.storage.tiers.tiering import Fetch, Tiering
+from kvpager.storage.tiers.loading import Fetch
+from kvpager.storage.tiers.tiering import Tiering
+from kvpager.storage.tiers.tiering_stats import TieringStats
 
 logger = logging.getLogger("kvpager")
 
@@ -90,6 +92,10 @@ class Fetching:
     def take_tokens_by_store(self, request_id: Hashable) -> dict[str, int]:
         """Return how many tokens were fetched for a request from each store. O(stores)."""
         return self._tokens_by_store.pop(request_id, {})
+
+    def stats(self) -> TieringStats:
+        """Return current counts of the tiers. O(stores)."""
+        return self._tiering.stats()
 
     def between_steps(self) -> None:
         """Let requests start whose fetch has ended, and save some blocks."""

@@ -113,7 +113,9 @@ class Loop:
         if self._guard is not None:
             num_changes, doubt = self._guard.num_changes, self._guard.doubt
         pool = self.scheduler.manager.stats()
-        return EngineStats(self.scheduler.stats(), pool, self._busy_seconds, num_changes, doubt)
+        tiers = None if self._fetching is None else self._fetching.stats()
+        counts = self.scheduler.stats()
+        return EngineStats(counts, pool, self._busy_seconds, num_changes, doubt, tiers)
 
     # ---------------------------------------------------------------- the engine's thread only
 

@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 from kvpager.blocks.stats import Stats
 from kvpager.scheduling.scheduler import SchedulerStats
+from kvpager.storage.tiers.tiering_stats import TieringStats
 
 
 class EngineStats(NamedTuple):
     """Counts at one moment.
 
     `model_changes` counts changes of the model's weights, hooks or settings; each dropped the
-    cached prefixes. `unshared` is the reason why requests share no prefixes now, or None.
+    cached prefixes. `unshared` is the reason why requests share no prefixes now, or None. `tiers`
+    is None for an engine without tiers.
     """
 
     scheduler: SchedulerStats
@@ -20,6 +22,7 @@ class EngineStats(NamedTuple):
     busy_seconds: float  # in forward passes and sampling, in total
     model_changes: int = 0
     unshared: str | None = None
+    tiers: TieringStats | None = None
 
 
 class StepRecord(NamedTuple):

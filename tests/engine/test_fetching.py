@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -15,6 +16,7 @@ from kvpager.engine.core import EngineCore
 from kvpager.engine.stream import Stream
 from kvpager.errors import RequestCancelled
 from kvpager.storage.keys import KeyContext
+from kvpager.storage.tiers.protocol import Saved
 from kvpager.storage.tiers.tiering import Tiering
 from tests.support.dict_store import DictStore
 from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, ToyRunner, expected
@@ -134,6 +136,20 @@ def test_another_engine_finds_a_prompt_and_says_so() -> None:
         other.saved()
         assert other.staging.num_free == other.slots
     assert shared.is_closed
+
+
+def test_statistics_name_each_tier() -> None:
+    with TieredEngine([store_with_the_prompt()]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+        tiers = engine.stats().tiers
+        assert tiers is not None
+        (tier,) = tiers.tiers
+        assert (tier.name, tier.store.num_blocks) == ("dict", 11)
+        assert (tiers.num_fetching, tiers.num_free_slots) == (0, engine.slots)
+        assert (tiers.total_declined, tiers.total_dropped_dirty) == (0, 0)
+    with ToyEngine() as plain:
+        assert plain.stats().tiers is None
 
 
 def test_an_evicted_prompt_is_found_again() -> None:
@@ -306,6 +322,45 @@ def test_requests_with_one_cold_prompt_fetch_each_block_once() -> None:
         assert slow.num_loads == 9
         engine.saved()
         engine.check_idle()
+
+
+@pytest.mark.parametrize("num_requests", [300, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_requests_that_end_at_any_moment_leave_nothing_behind(num_requests: int) -> None:
+    chance = random.Random(num_requests)
+    stores = [DictStore(BLOCK_BYTES), DictStore(BLOCK_BYTES)]
+    stores[0].capacity, stores[1].capacity = 40, 120
+    fronts = [[chance.randrange(1000) for _ in range(24)] for _ in range(30)]
+    open_streams: list[Stream] = []
+    with TieredEngine(stores, 24, slots=12, step_bytes_max=4 * BLOCK_BYTES) as engine:
+        for _ in range(num_requests):
+            front = chance.choice(fronts)[: chance.randrange(1, 25)]
+            open_streams.append(engine.ask([*front, chance.randrange(9)], chance.randrange(1, 4)))
+            chance.choice(stores).answer = chance.choice([Saved.SAVED] * 4 + [Saved.REFUSED])
+            chance.choice(stores).fails = chance.random() < 0.02
+            while len(open_streams) > chance.randrange(20):
+                stream = open_streams.pop(chance.randrange(len(open_streams)))
+                if chance.random() < 0.5:
+                    stream.cancel()
+                with contextlib.suppress(RequestCancelled):
+                    stream.result(60)
+        for stream in open_streams:
+            stream.cancel()
+        engine.saved()
+        engine.check_idle()
+        engine.saved()
+        assert engine.staging.num_free == engine.slots
+        tiers = engine.stats().tiers
+        assert tiers is not None
+        assert tiers.num_fetching == 0
+        assert engine._fetching is not None
+        assert not engine._fetching._held
+        assert not engine._fetching._tokens_by_store
+        manager = engine.scheduler.manager
+        manager.check()
+        assert manager.stats().num_kept == 0  # no ticket is open
+        if num_requests >= 300:
+            assert min(store.num_loads for store in stores) > 0
+            assert stores[0].num_saves > 0
 
 
 # ------------------------------------------------------------------- when tiers are given up

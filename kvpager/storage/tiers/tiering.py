@@ -282,7 +282,9 @@ class Tiering:
             self._staging.give(slots)
         if chosen:
             parts = zip(chosen, namespaces, used, strict=True)
-            self._saver.submit([StagedBlock(keys[n], *each, wanted[n]) for n, *each in parts])
+            self._saver.submit(
+                [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
+            )
         return len(chosen)
 
     def _wanted(self, keys: list[bytes]) -> list[list[int]]:
