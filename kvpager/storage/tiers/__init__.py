@@ -1,10 +1,13 @@
 """Tiers below the device: stores that keep the bytes of cached blocks under content keys.
 
-    tiering policy ─▶ BlockStore (protocol)   find · load · save · drop · stats · close
-                        ▲
-                        ├─ host      blocks in memory
-                        ├─ disk      blocks in preallocated files
-                        └─ others    kvpager.integrations.valkey, .nixl; entry points
+    tiering ─▶ loading ─▶ costs               which stores are faster than the model
+       ├─────▶ saving                         what stores answered, which keys they lost
+       ├─────▶ admission · namespaces         which blocks are offered; quotas, ages
+       └─────▶ BlockStore (protocol)          find · load · save · drop · stats · close
+                 ▲
+                 ├─ host      blocks in memory
+                 ├─ disk      blocks in preallocated files
+                 └─ others    kvpager.integrations.valkey, .nixl; entry points
     keyed                     which key is in which slot; host stands on it
     frame ─▶ seals, layout    what stands before a block's bytes, checked at every read
 
