@@ -336,7 +336,7 @@ def test_requests_that_end_at_any_moment_leave_nothing_behind(num_requests: int)
             front = chance.choice(fronts)[: chance.randrange(1, 25)]
             open_streams.append(engine.ask([*front, chance.randrange(9)], chance.randrange(1, 4)))
             chance.choice(stores).answer = chance.choice([Saved.SAVED] * 4 + [Saved.REFUSED])
-            chance.choice(stores).fails = chance.random() < 0.02
+            chance.choice(stores).fails = chance.random() < 0.002
             while len(open_streams) > chance.randrange(20):
                 stream = open_streams.pop(chance.randrange(len(open_streams)))
                 if chance.random() < 0.5:
