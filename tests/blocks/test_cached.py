@@ -293,3 +293,52 @@ def test_keys_are_right_after_any_resize(seed: int) -> None:
             tokens = event.tokens.ravel().tolist()
             context = KeyContext("layout", "model")
             assert manager.cached.keys(event.blocks, maker) == content_keys(tokens, SIZE, context)
+
+
+# ------------------------------------------------------------------- eviction of a namespace
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_evicting_a_namespace_leaves_the_others(seed: int) -> None:
+    chance = random.Random(seed)
+    names = [None, "a", "b", "c"]
+    manager = BlockManager(64, SIZE, eviction=chance.choice(["lru", "priority", "lifetime"]))
+    if chance.random() < 0.5:
+        manager.quotas.set("a", ceiling=40)
+        manager.quotas.set("b", floor=2)
+    held, tickets = list[Any](), list[int]()
+    for _ in range(30):
+        name = chance.choice(names)
+        tokens = [chance.randrange(3) for _ in range(SIZE * chance.randrange(1, 4))]
+        if chance.random() < 0.3 and len(held) < 4:
+            held.append(manager.allocate([*tokens, 9], namespace=name))
+            manager.commit(held[-1])
+        else:
+            cached(manager, tokens, namespace=name)
+        if chance.random() < 0.2 and len(found := manager.cached.leaving(3)):
+            tickets.append(manager.cached.hold(found))
+        if chance.random() < 0.3:
+            name = chance.choice(names)
+            before = {other: _published(manager, other) for other in names if other != name}
+            manager.cached.evict(name)
+            manager.check()
+            assert before == {other: _published(manager, other) for other in before}
+            assert not set(manager.cached.leaving(64).tolist()) & _published(manager, name)
+    for sequence in held:
+        manager.free(sequence)
+    for ticket in tickets:
+        manager.cached.release(ticket)
+    for name in names:
+        manager.cached.evict(name)
+        assert not _published(manager, name)
+    manager.check()
+    assert manager.stats().num_free == 64
+
+
+def _published(manager: BlockManager, namespace: str | None) -> set[int]:
+    return {
+        block
+        for event in manager.events.published()
+        if event.namespace == namespace
+        for block in event.blocks.tolist()
+    }

@@ -75,6 +75,7 @@ class BlockStore(Protocol):
 
     A store that knows which keys it stops to offer reports them in an attribute `losses`, a
     `kvpager.storage.tiers.losses.Losses`. One that chooses blocks itself has an attribute `admit`.
+    One with an attribute `bypassed` is offered nothing while that is True.
     """
 
     @property

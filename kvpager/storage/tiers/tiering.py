@@ -289,12 +289,16 @@ class Tiering:
 
     def _wanted(self, keys: list[bytes]) -> list[list[int]]:
         """Return the numbers of the stores that each block is offered."""
-        has_room = [chooses is None or has_free_room(store) for store, chooses in self._choosing]
+        choosing = [
+            (number, chooses, chooses is None or has_free_room(store))
+            for number, (store, chooses) in enumerate(self._choosing)
+            if not getattr(store, "bypassed", False)
+        ]
         return [
             [
                 number
-                for number, (_, chooses) in enumerate(self._choosing)
-                if chooses is None or chooses.admits(key, has_room=has_room[number])
+                for number, chooses, has_room in choosing
+                if chooses is None or chooses.admits(key, has_room=has_room)
             ]
             for key in keys
         ]

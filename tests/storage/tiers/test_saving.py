@@ -86,3 +86,18 @@ def test_a_refusing_store_does_not_hide_that_another_has_the_block() -> None:
     node.manager.clear_prefix_cache()
     assert node.manager.cached.num_dropped_dirty == 0
     node.end()
+
+
+def test_a_store_that_is_bypassed_is_offered_nothing() -> None:
+    class Away(DictStore):
+        bypassed = True
+
+    away = Away(0)
+    node = Node([away])
+    node.compute(prompt(1))
+    assert node.clean() == 0  # no block is copied for it
+    away.bypassed = False
+    assert node.compute(prompt(1)) == 20
+    assert node.clean() == 5
+    assert len(away.blocks) == 5
+    node.end()
