@@ -40,8 +40,10 @@ class Staging:
 
     @property
     def num_free(self) -> int:
-        """Free slots. O(1)."""
-        return len(self._free)
+        """Free slots. O(copies under way)."""
+        with self._lock:
+            self._reclaim()
+            return len(self._free)
 
     def take(self, count: int) -> list[int]:
         """Return up to `count` free slots. O(slots)."""
