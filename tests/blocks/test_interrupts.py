@@ -35,7 +35,7 @@ from tests.support.interrupts import Interrupt, Moments, by_force, by_signal, ha
 from tests.support.manager_state import differences, state_of
 
 NUM_TIMED = int(os.environ.get("KVPAGER_INTERRUPTS", "2000"))
-# Every so many of the moments of an operation, unless all are asked for.
+# Interrupt at every 17th moment of an operation, unless all moments are asked for.
 STRIDE = 1 if "KVPAGER_INTERRUPTS" in os.environ else 17
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")

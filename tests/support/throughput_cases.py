@@ -20,7 +20,7 @@ FIELDS = {
 
 
 def silent(count: int) -> None:
-    """Nobody watches."""
+    """Report no progress."""
 
 
 def tiny() -> Any:
