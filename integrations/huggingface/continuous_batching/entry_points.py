@@ -7,43 +7,29 @@ import inspect
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.continuous_batching.manager import PagedBatchingManager
 from kvpager.integrations.huggingface.continuous_batching.options import warn_once
 from kvpager.integrations.huggingface.continuous_batching.requests import Padded
-from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 
 logger = logging.getLogger("kvpager")
 
 _KEPT = "_cached_continuous_batching_manager"
 
 
-class ServingPatch(Protocol):
-    """The members of a patch that the entry points use."""
-
-    memory: PagedMemory
-    prompts: PromptCache | None
-    managers: weakref.WeakSet[PagedBatchingManager]
-
-    @property
-    def is_active(self) -> bool:
-        """Return True until the patch is undone."""
-
-
-FindPatch = Callable[[Any], ServingPatch | None]
+# Returns the `Patch` that serves a model, or None.
+FindPatch = Callable[[Any], Any]
 EntryPoint = Callable[..., Any]
 
 
 def entry_points(find: FindPatch) -> dict[str, Callable[[EntryPoint], EntryPoint]]:
     """Return a wrapper for each method of `ContinuousMixin` that needs one, by name.
 
-    `find` returns the patch that serves a model. The other methods call these two.
+    The other methods call these two.
     """
     return {
         "init_continuous_batching": functools.partial(_init, find),
@@ -125,7 +111,7 @@ def _warn_of_ignored(model: Any, config: Any, options: dict[str, Any]) -> None:
 
 def _manager(
     model: Any,
-    serving: ServingPatch,
+    serving: Any,
     generation_config: Any = None,
     continuous_batching_config: Any = None,
     workload_hints: Any = None,

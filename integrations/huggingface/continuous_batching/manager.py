@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from kvpager.engine.processes import Process
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.options import Options, read_options
+from kvpager.integrations.huggingface.continuous_batching.options import engine_options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job, Router
 from kvpager.integrations.huggingface.continuous_batching.requests import Requests, Status
 from kvpager.integrations.huggingface.continuous_batching.sampling import (
@@ -68,21 +68,29 @@ class PagedBatchingManager(ContinuousBatchingManager):
         self.is_tp_driver = True
         self.warmed_up = False
         self.background_thread_status: Any = Status()
+        self._status: Status = self.background_thread_status
         self.output_router: Any = Router()
         self.batch_processor: Any = None  # the session's `Engine`
         self._patched, self._may_be_kept = memory, may_be_kept
         self.process = Process("manager")
         refuse_sharded(model)
         self._info = inspect_model(model)
-        self._refuse_placement()
-        self._options = self._read_options(workload_hints)
+        if memory.dtype is not None and memory.dtype != self._info.dtype:
+            raise KVPagerError(
+                f"dtype={memory.dtype} of the patch: {type(model).__name__} keeps keys and values "
+                f"in {self._info.dtype}. Load the model in {memory.dtype}, or leave dtype out."
+            )
+        self.hint(workload_hints)
         self._requests = Requests(
             self.output_router,
             self._status,
             SettingsFactory(
-                model, generation_config, self._info, per_request=self._options.per_request
+                model,
+                generation_config,
+                self._info,
+                per_request=continuous_batching_config.per_request_processors,
             ),
-            self._options,
+            continuous_batching_config,
             memory,
             namespace,
             generation_config.num_return_sequences or 1,
@@ -93,25 +101,11 @@ class PagedBatchingManager(ContinuousBatchingManager):
         self._is_destroyed = False
         self.ends_with_call = False  # True in `generate_batch`, whose caller never sees the manager
 
-    def _refuse_placement(self) -> None:
-        name, wanted = type(self.model).__name__, self._patched.dtype
-        if wanted is not None and wanted != self._info.dtype:
-            raise KVPagerError(
-                f"dtype={wanted} of the patch: {name} keeps keys and values in "
-                f"{self._info.dtype}. Load the model in {wanted}, or leave dtype out."
-            )
-
     def hint(self, workload_hints: Any) -> None:
         """Set the expected requests of the next session, which size its pool. O(options)."""
-        self._options = self._requests.options = self._read_options(workload_hints)
-
-    def _read_options(self, workload_hints: Any) -> Options:
-        return read_options(
-            self.continuous_batching_config,
-            self.generation_config,
-            self._info,
-            self._patched,
-            workload_hints,
+        config, generation = self.continuous_batching_config, self.generation_config
+        self._options = engine_options(
+            config, generation, self._info, self._patched, workload_hints
         )
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
@@ -131,27 +125,9 @@ class PagedBatchingManager(ContinuousBatchingManager):
         if self._is_destroyed:
             raise RuntimeError("this manager was destroyed. Make a new one.")
         if self.batch_processor is None:
-            options = self._options.engine
-            self.batch_processor = Engine(
-                self.model, max_queue_size=self._options.max_queue_size, **options
-            )
+            self.batch_processor = Engine(self.model, **self._options)
         self.warmed_up = True
         engine: Engine = self.batch_processor
-        return engine
-
-    def _warm_with_quotas(self) -> Engine:
-        """Return the engine of the next session with the patch's quotas. The caller has the lock.
-
-        If this raises, it leaves no engine that was not there before.
-        """
-        was_warm = self.batch_processor is not None
-        try:
-            engine = self._warm()
-            engine.quotas.update(self._patched.quotas)
-        except BaseException:
-            if not was_warm:
-                self._cool()
-            raise
         return engine
 
     def _cool(self) -> None:
@@ -177,7 +153,12 @@ class PagedBatchingManager(ContinuousBatchingManager):
                 if self.is_running():
                     logger.warning("this manager is running already")
                     return
-                engine = self._warm_with_quotas()
+                try:
+                    engine = self._warm()
+                    engine.quotas.update(self._patched.quotas)
+                except BaseException:
+                    self._cool()
+                    raise
                 has_begun = True
                 self._begin(engine)
             self._requests.queue_pending()
@@ -308,11 +289,6 @@ class PagedBatchingManager(ContinuousBatchingManager):
         pause: AbstractContextManager[None] = engine.pause()
         return pause
 
-    @property
-    def _status(self) -> Status:
-        status: Status = self.background_thread_status
-        return status
-
     # ---------------------------------------------------------------- requests
 
     def add_request(
@@ -331,16 +307,10 @@ class PagedBatchingManager(ContinuousBatchingManager):
         after ten seconds.
         """
         wanted = RequestOverrides(max_new_tokens, eos_token_id, logit_processor_kwargs)
-        jobs: list[Job] = []
-        try:
-            self._add(
-                jobs, input_ids, request_id, wanted, streaming, record_timestamps,
-                _QUEUE_SECONDS_MAX,
-            )  # fmt: skip
-        except BaseException:
-            self._requests.take_back(jobs)
-            raise
-        return jobs[0].names[0] if jobs else None
+        names = self._add(
+            [(input_ids, request_id)], wanted, streaming, record_timestamps, _QUEUE_SECONDS_MAX
+        )
+        return names[0] if names else None
 
     def add_requests(
         self,
@@ -355,19 +325,28 @@ class PagedBatchingManager(ContinuousBatchingManager):
         On an error or interrupt, removes all of them, because the caller does not get their ids.
         """
         wanted = RequestOverrides(max_new_tokens, None, logit_processor_kwargs)
+        asked: list[tuple[Any, str | None]] = [(ids, None) for ids in inputs]
+        return self._add(asked, wanted, streaming, record_timestamps, None)
+
+    def _add(
+        self,
+        asked: list[tuple[Any, str | None]],
+        wanted: RequestOverrides,
+        is_streaming: bool,
+        with_timestamps: bool,
+        patience: float | None,
+    ) -> list[str]:
+        """Add a request for each of `asked` (input ids and request id); return their ids."""
         jobs: list[Job] = []
         try:
-            for ids in inputs:
-                self._add(jobs, ids, None, wanted, streaming, record_timestamps, None)
+            for ids, name in asked:
+                self.process.refuse_fork()
+                self._requests.add(jobs, ids, name, wanted, is_streaming, with_timestamps, patience)
         except BaseException:
             self._requests.take_back(jobs)
             self.end_if_abandoned()
             raise
         return [job.names[0] for job in jobs]
-
-    def _add(self, jobs: list[Job], *asked: Any) -> None:
-        self.process.refuse_fork()
-        self._requests.add(jobs, *asked)
 
     def cancel_request(self, request_id: str) -> None:
         """End a request with all its samples; no effect if it has ended. O(1)."""

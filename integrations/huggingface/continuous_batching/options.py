@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvpager.blocks.groups.windows import blocks_for
 from kvpager.integrations.huggingface.cache.budget import Budget
@@ -18,28 +18,14 @@ logger = logging.getLogger("kvpager")
 
 _MAX_NUM_SEQS = 256
 
-# Settings that are read below, and one that always holds: no processor is dropped.
+# Settings that are read, and one that always holds: no processor is dropped.
 _MAPPED = {
-    "allow_block_sharing",
-    "block_size",
-    "cpu_offload_space",
-    "cpu_offload_space_safety_threshold",
-    "decode_compile_config",
-    "default_compile_level",
-    "drop_unsupported_processors",
-    "max_batch_tokens",
-    "max_memory_percent",
-    "max_queue_size",
-    "max_requests_per_batch",
-    "num_blocks",
-    "page_size",
-    "per_request_processors",
-    "return_logprobs",
-    "scheduler_type",
-    "seed",
-    "use_default_compile_configs",
-    "varlen_compile_config",
-}
+    "allow_block_sharing", "block_size", "cpu_offload_space", "cpu_offload_space_safety_threshold",
+    "decode_compile_config", "default_compile_level", "drop_unsupported_processors",
+    "max_batch_tokens", "max_memory_percent", "max_queue_size", "max_requests_per_batch",
+    "num_blocks", "page_size", "per_request_processors", "return_logprobs", "scheduler_type",
+    "seed", "use_default_compile_configs", "varlen_compile_config",
+}  # fmt: skip
 
 # Settings without effect: the behaviour instead, and the values that agree with it.
 _DONE_INSTEAD: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -56,27 +42,18 @@ _DONE_INSTEAD: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-class Options(NamedTuple):
-    """The options of a manager, translated from a `ContinuousBatchingConfig`."""
-
-    engine: dict[str, Any]  # arguments of `Engine`
-    max_queue_size: int | None
-    with_logprobs: bool
-    per_request: bool  # requests may have logits processors of their own
-    seed: int | None
-
-
 @functools.lru_cache(maxsize=256)  # bounded: users may pass any number of values
 def warn_once(option: str, instead: str) -> None:
     """Log that `option` has no effect, and the behaviour instead. O(1)."""
     logger.warning("continuous batching: kvpager ignores %s: %s", option, instead)
 
 
-def read_options(
+def engine_options(
     config: Any, generation_config: Any, info: ModelInfo, patched: PagedMemory, hints: Any
-) -> Options:
-    """Translate `config`; options of the patch fill its gaps. O(options).
+) -> dict[str, Any]:
+    """Return the arguments of `Engine` for a `ContinuousBatchingConfig`. O(options).
 
+    Options of the patch fill the gaps of `config`. `hints` are the expected requests, or None.
     Warns once of each option without effect. Raises: `ValueError`.
     """
     _warn_of_others(config)
@@ -91,6 +68,7 @@ def read_options(
         "memory": _memory(config, info, budget, block_size, max_num_seqs, hints),
         "host_memory": _host_memory(config, budget),
         "max_num_seqs": max_num_seqs,
+        "max_queue_size": config.max_queue_size or None,
         "prefix_cache": config.allow_block_sharing,
         "compile": _compiles(config, generation_config),
     }
@@ -100,13 +78,7 @@ def read_options(
         warn_once(f"scheduler_type={config.scheduler_type!r}", "first come, first served")
     if not budget.in_place:
         warn_once("the patch's in_place=False", "blocks are read in place if the model allows it")
-    return Options(
-        engine,
-        config.max_queue_size or None,
-        config.return_logprobs,
-        config.per_request_processors,
-        config.seed,
-    )
+    return engine
 
 
 def _page_size(config: Any) -> tuple[int, bool]:
@@ -132,12 +104,7 @@ def _warn_of_others(config: Any) -> None:
 
 
 def _memory(
-    config: Any,
-    info: ModelInfo,
-    budget: Budget,
-    block_size: int,
-    max_num_seqs: int,
-    hints: Any,
+    config: Any, info: ModelInfo, budget: Budget, block_size: int, max_num_seqs: int, hints: Any
 ) -> int | None:
     """Return the bytes of the pool: the requested number, or the need of the hinted requests."""
     plain = Budget(budget.bound, block_size, kv_cache_dtype=budget.kv_cache_dtype)

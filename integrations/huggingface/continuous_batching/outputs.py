@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
@@ -39,11 +39,6 @@ class Router:
                 self._waiting[number] = output
                 self._of_request.setdefault(output.request_id, deque()).append(number)
             self.changed.notify_all()
-
-    def deliver_batch(self, outputs: Iterable[GenerationOutput]) -> None:
-        """Deliver outputs in their order. O(outputs)."""
-        for output in outputs:
-            self.deliver(output)
 
     def put_back(self, output: GenerationOutput) -> None:
         """Return a taken output to the front of the queue. O(1)."""
@@ -99,18 +94,6 @@ class Router:
             return output
 
 
-@dataclass(slots=True)
-class _Row:
-    """A sample and the request id of its outputs."""
-
-    name: str
-    created: float
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    timestamps: list[float] = field(default_factory=list)
-    is_finished: bool = False
-
-
 class Job:
     """A live request, whose tokens it turns into outputs.
 
@@ -137,21 +120,22 @@ class Job:
     ) -> None:
         children = [f"{request_id}__child#{number}" for number in range(num_samples - 1)]
         self.names = [request_id, *children]
-        self.prompt = prompt
         self.stream: Stream | None = None
         self.is_cancelled = False
         self.is_over = False
-        now = time.perf_counter()
-        self._rows = [_Row(name, now) for name in self.names]
+        # The last output of each sample. It grows, and copies of it are delivered.
+        self._rows = [
+            GenerationOutput(name, prompt, timestamps=[] if with_timestamps else None)
+            for name in self.names
+        ]
         self._router = router
         self._is_streaming = is_streaming
-        self._with_timestamps = with_timestamps
         self._on_end = on_end
 
     @property
     def num_generated(self) -> int:
         """Return the number of tokens of all samples so far."""
-        return sum(len(row.tokens) for row in self._rows)
+        return sum(len(row.generated_tokens) for row in self._rows)
 
     def follow(self, stream: Stream) -> None:
         """Read the tokens of the queued request from `stream`. O(tokens so far)."""
@@ -178,29 +162,27 @@ class Job:
         for token in tokens:
             self._add(token, partial)
         if is_done:
-            self._end(self._error())
+            try:
+                self.stream.result(0)
+            except KVPagerError as error:
+                self._end(str(error))
+            else:
+                self._end(None)
 
     def _add(self, token: Token, partial: Output) -> None:
         now = time.perf_counter()
         row, sample = self._rows[token.sample], partial.samples[token.sample]
-        if not row.tokens and token.sample:
-            row.created = now  # until now it was part of the first sample
-        row.tokens.append(token.id)
-        row.timestamps.append(now)
+        if not row.generated_tokens and token.sample:
+            row.created_time = now  # until now it was part of the first sample
+        row.generated_tokens.append(token.id)
+        if row.timestamps is not None:
+            row.timestamps.append(now)
         if token.logprob is not None:
             row.logprobs.append(token.logprob)
-        if sample.finish_reason is not None and len(sample.token_ids) == len(row.tokens):
+        if sample.finish_reason is not None and len(sample.token_ids) == len(row.generated_tokens):
             self._deliver(row, RequestStatus.FINISHED)
         elif self._is_streaming:
             self._deliver(row, RequestStatus.DECODING)
-
-    def _error(self) -> str | None:
-        assert self.stream is not None
-        try:
-            self.stream.result(0)
-        except KVPagerError as error:
-            return str(error)
-        return None
 
     def _end(self, error: str | None) -> None:
         status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
@@ -209,29 +191,22 @@ class Job:
                 return
             self.is_over = True
             for row in self._rows:
-                if not row.is_finished:
+                if not row.is_finished():
                     self._deliver(row, status, error)
             self._on_end(self)
 
-    def _deliver(self, row: _Row, status: RequestStatus, error: str | None = None) -> None:
-        row.is_finished = status >= RequestStatus.FINISHED
+    def _deliver(
+        self, row: GenerationOutput, status: RequestStatus, error: str | None = None
+    ) -> None:
         now = time.perf_counter()
-        lifespan = self._begun(now), now if row.is_finished else -1
-        self._router.deliver(
-            GenerationOutput(
-                request_id=row.name,
-                prompt_ids=self.prompt,
-                generated_tokens=row.tokens[:],
-                logprobs=row.logprobs[:],
-                error=error,
-                status=status,
-                created_time=row.created,
-                lifespan=lifespan,
-                timestamps=row.timestamps[:] if self._with_timestamps else None,
-            )
-        )
-
-    def _begun(self, now: float) -> float:
-        """Return the start of the request's first step, by transformers' clock, in seconds."""
-        begun = None if self.stream is None else self.stream.partial().first_scheduled_time
-        return now if begun is None else now - (time.monotonic() - begun)
+        began = None if self.stream is None else self.stream.partial().first_scheduled_time
+        if began is not None:  # by the engine's clock; transformers has another
+            began = now - (time.monotonic() - began)
+        row.status, row.error = status, error
+        row.lifespan = now if began is None else began, now if row.is_finished() else -1
+        lists = {
+            "generated_tokens": row.generated_tokens[:],
+            "logprobs": row.logprobs[:],
+            "timestamps": None if row.timestamps is None else row.timestamps[:],
+        }
+        self._router.deliver(dataclasses.replace(row, **lists))

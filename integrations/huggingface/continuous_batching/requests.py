@@ -14,7 +14,6 @@ from kvpager._text import counted
 from kvpager.engine.stream import Stream
 from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.options import Options
 from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
 from kvpager.integrations.huggingface.continuous_batching.sampling import (
     RequestOverrides,
@@ -88,7 +87,7 @@ class Requests:
         router: takes the outputs. Its lock guards the requests.
         status: the status of the session.
         factory: makes the sampling settings of each request.
-        options: the options of the session. The manager replaces them for the next session.
+        config: the settings of continuous batching.
         memory: the patch's memory, which counts requests and tokens.
         namespace: a function that returns the namespace of a new request.
         num_samples: the number of samples of each request.
@@ -99,13 +98,13 @@ class Requests:
         router: Router,
         status: Status,
         factory: SettingsFactory,
-        options: Options,
+        config: Any,
         memory: PagedMemory,
         namespace: Callable[[], str | None],
         num_samples: int,
     ) -> None:
         self._router, self._status, self._factory = router, status, factory
-        self.options, self._memory, self._namespace = options, memory, namespace
+        self._config, self._memory, self._namespace = config, memory, namespace
         self._num_samples = num_samples
         self.jobs: dict[str, Job] = {}  # by the ids of all samples
         self._pending: list[_PendingRequest] = []  # until a session begins
@@ -147,7 +146,7 @@ class Requests:
                 raise ValueError(f"request_id={taken[0]!r}: in use. Choose another id.")
             self.jobs.update(dict.fromkeys(job.names, job))
             jobs.append(job)
-            seed = None if self.options.seed is None else self.options.seed + next(self._seeds)
+            seed = None if self._config.seed is None else self._config.seed + next(self._seeds)
             request = _PendingRequest(job, prompt, wanted, self._namespace(), seed)
             if not self._status.is_serving:
                 self._pending.append(request)
@@ -169,7 +168,7 @@ class Requests:
         taken: list[_PendingRequest] = []
         try:
             with self._router.changed:
-                taken += self._take_pending()
+                taken, self._pending = self._pending, []
             for request in taken:
                 self._queue(request, patience=None)
         except BaseException as error:
@@ -180,14 +179,11 @@ class Requests:
     def fail_pending(self) -> None:
         """End the pending requests, since no session will follow. O(requests)."""
         with self._router.changed:  # signals wait until all have failed
-            for request in self._take_pending():
+            taken, self._pending = self._pending, []
+            for request in taken:
                 request.job.fail(
                     RequestCancelled("the manager was destroyed before it was started")
                 )
-
-    def _take_pending(self) -> list[_PendingRequest]:
-        taken, self._pending = self._pending, []
-        return taken
 
     def _end(self, job: Job) -> None:
         self._memory.note_session(requests=1, tokens=job.num_generated)
@@ -225,7 +221,7 @@ class Requests:
                 request_id=_RequestId(request.job.names[0]),
                 namespace=request.namespace,
                 seed=request.seed,
-                logprobs=self.options.with_logprobs,
+                logprobs=self._config.return_logprobs,
                 sampling_settings=sampling,
             )
         except QueueFull:
@@ -236,7 +232,7 @@ class Requests:
             raise RequestCancelled(f"request {request.job.names[0]!r} was cancelled")
         if deadline is not None and time.monotonic() >= deadline:
             raise queue.Full(
-                f"request queue is full (max_queue_size={self.options.max_queue_size}). "
+                f"request queue is full (max_queue_size={self._config.max_queue_size}). "
                 "Retry later or raise max_queue_size."
             )
         with self._router.changed:
@@ -250,8 +246,8 @@ class Requests:
             if job is None:
                 return
             job.is_cancelled = True
-            is_pending = any(request.job is job for request in self._pending)
-            self._pending = [request for request in self._pending if request.job is not job]
+            others = [request for request in self._pending if request.job is not job]
+            is_pending, self._pending = len(others) < len(self._pending), others
             if is_pending:
                 job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
             elif job.stream is not None:

@@ -100,18 +100,19 @@ def test_host_memory(llama: PreTrainedModel) -> None:
 
 
 def test_a_dtype_the_patch_was_not_made_for_is_refused(llama: PreTrainedModel) -> None:
-    manager = made(llama, {"dtype": torch.float32})
-    assert manager._info.dtype == torch.float32
-    manager._patched.dtype = torch.bfloat16
-    with pytest.raises(KVPagerError, match="of the patch: "):
-        manager._refuse_placement()
+    assert made(llama, {"dtype": torch.float32})._info.dtype == torch.float32
+    with (
+        kvpager.patch(dtype=torch.bfloat16),  # every model, of any dtype
+        pytest.raises(KVPagerError, match="of the patch: "),
+    ):
+        llama.init_continuous_batching(GenerationConfig())
 
 
 # ---------------------------------------------------------------- the other settings
 
 
 def options_of(manager: PagedBatchingManager) -> dict[str, Any]:
-    return manager._options.engine
+    return manager._options
 
 
 def test_settings_with_a_meaning_are_mapped(
@@ -121,7 +122,7 @@ def test_settings_with_a_meaning_are_mapped(
     assert (found["max_batch_tokens"], found["max_num_seqs"]) == (99, 7)
     assert options_of(made(llama))["prefix_cache"] is True
     assert options_of(made(llama, allow_block_sharing=False))["prefix_cache"] is False
-    assert made(llama, max_queue_size=5)._options.max_queue_size == 5
+    assert options_of(made(llama, max_queue_size=5))["max_queue_size"] == 5
     assert options_of(made(llama, default_compile_level=1))["compile"] is True
     assert options_of(made(llama))["compile"] is False
     assert options_of(made(llama, {"kv_cache_dtype": "int8"}))["kv_cache_dtype"] == "int8"
