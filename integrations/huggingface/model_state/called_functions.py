@@ -17,6 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager.integrations.huggingface.model_state.contents import (
     attributes,
+    cell_content,
     is_library,
     module_of,
     names_read,
@@ -80,19 +81,17 @@ class CalledFunctions:
         if not is_library(module_name):
             self.foreign.append(function)
         elif module_name.startswith("torch.nn.modules"):
-            self._add_torch_functions(function, function.__globals__)
+            self._add_torch_functions(function)
         elif module_name.startswith(_CALLED_BY):
-            self._add_torch_functions(function, function.__globals__)
+            self._add_torch_functions(function)
             for name in names_read(function.__code__)[1]:
                 if _is_function(function.__globals__.get(name)):
                     self._place(function.__globals__, name)
 
-    def _add_torch_functions(
-        self, function: types.FunctionType, mapping: Mapping[str, Any]
-    ) -> None:
+    def _add_torch_functions(self, function: types.FunctionType) -> None:
         """Add the functions that `function` calls through torch's modules, such as `F.linear`."""
         read = attributes(function.__code__)
-        pending = [mapping.get(name) for name in names_read(function.__code__)[1]]
+        pending = [function.__globals__.get(name) for name in names_read(function.__code__)[1]]
         while pending:
             module = pending.pop()
             if not isinstance(module, types.ModuleType) or not module.__name__.startswith("torch"):
@@ -130,12 +129,4 @@ def functions_in(value: object) -> Iterator[types.FunctionType]:
             pending.append(each.fget)
         elif isinstance(each, types.FunctionType):
             yield each
-            for cell in each.__closure__ or ():
-                pending += _if_callable(cell)
-
-
-def _if_callable(cell: types.CellType) -> list[Any]:
-    try:
-        return [cell.cell_contents] if callable(cell.cell_contents) else []
-    except ValueError:  # empty
-        return []
+            pending += filter(callable, map(cell_content, each.__closure__ or ()))

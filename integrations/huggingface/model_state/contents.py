@@ -110,16 +110,13 @@ class Contents:
             self.tensors.append(value)
             return "tensor"
         if isinstance(value, dict | types.MappingProxyType):
-            return self._mapping(value, depth)
+            self.is_fixed = False
+            keys = [self._read(key, depth + 1) for key in value]
+            return keys, [self._read(item, depth + 1) for item in value.values()]
         if isinstance(value, _ITEMS):
             self.is_fixed &= isinstance(value, tuple | frozenset)
             return type(value), [self._read(item, depth + 1) for item in value]
         return self._object(value, depth)
-
-    def _mapping(self, value: Mapping[Any, Any], depth: int) -> object:
-        self.is_fixed = False
-        keys = [self._read(key, depth + 1) for key in value]
-        return keys, [self._read(item, depth + 1) for item in value.values()]
 
     def _object(self, value: Any, depth: int) -> object:
         """Return the key of an object that is not one of Python's collections."""
@@ -226,7 +223,7 @@ def _held_by(function: types.FunctionType) -> Iterator[Any]:
     free, named = names_read(code)
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         if name in free:
-            yield _content(cell)
+            yield cell_content(cell)
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield from vars(function).values()
@@ -240,7 +237,8 @@ def _held_by(function: types.FunctionType) -> Iterator[Any]:
                 yield from (vars(value)[each] for each in attributes(code) & vars(value).keys())
 
 
-def _content(cell: types.CellType) -> Any:
+def cell_content(cell: types.CellType) -> Any:
+    """Return the value in a closure's cell; None if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:  # empty

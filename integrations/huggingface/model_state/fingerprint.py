@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ _GLOBAL_HOOKS = [
 _WATCHED: tuple[type, ...] = (Tensor, np.ndarray, nn.Module, PreTrainedConfig, torch.ScriptObject)
 _WATCHED += (dict, list, tuple, set)
 
-_use: Callable[[Any, Any], Any] = operator.call
+_call: Callable[..., Any] = operator.call
 
 _versions = itertools.count()
 
@@ -113,17 +113,12 @@ class ModelWatch:
         try:
             snapshot = self._snapshot
             if snapshot is None or not is_same(snapshot):
-                snapshot = self._keep(_Snapshot(self._model(), self._has_parts))
+                snapshot = self._snapshot = _Snapshot(self._model(), self._has_parts)
+                self._version = next(_versions)
         except Exception as error:  # another thread changes the model, or a file is missing
             self._snapshot, self._version = None, next(_versions)
             return ModelState(self._version, f"the model cannot be read: {error!r}")
         return ModelState(self._version, snapshot.doubt)
-
-    def _keep(self, snapshot: _Snapshot) -> _Snapshot:
-        if self._snapshot is None or not self._snapshot.equals(snapshot):
-            self._version = next(_versions)
-        self._snapshot = snapshot
-        return snapshot
 
 
 class _Snapshot:
@@ -191,24 +186,10 @@ class _Snapshot:
         tensors, files = self._outside(contents)
         return (
             contents.key == self._contents.key
-            and _are_alive(self._contents.refs)
+            and all(ref() is not None for ref in self._contents.refs)
             and files == self._files
             and same_objects(tensors, self._weights.refs)
             and self._weights.same(tensors, samples)
-        )
-
-    def equals(self, other: _Snapshot) -> bool:
-        """Return True if the newer snapshot `other` shows the same model."""
-        return (
-            self._whole.equals(other._whole)
-            and self._settings == other._settings
-            and list(map(_call, self._hooks)) == list(map(_call, other._hooks))
-            and list(map(_call, self._modes)) == list(map(_call, other._modes))
-            and self._functions.same()
-            and self._contents.key == other._contents.key
-            and _are_alive(self._contents.refs)
-            and self._files == other._files
-            and self._weights.equals(other._weights)
         )
 
     def _read(self) -> Contents:
@@ -230,18 +211,24 @@ class _PartSnapshot:
 
     def __init__(self, owners: list[Any], members: set[int]) -> None:
         self.roots: list[Ref] = []  # of the objects that may change in place
-        self._link_places: list[tuple[int, str]] = []  # the owner's position, the attribute's name
+        self._links: list[tuple[int, str]] = []  # the owner's position, the attribute's name
         self._link_refs: list[Ref] = []
         self._owners = list(map(_ref, owners))
         self._kinds = list(map(type, owners))
         held: list[Any] = list(map(vars, owners))
         self._sizes = list(map(len, held))
-        self._names = [
-            self._plain_names(place, owner, members) for place, owner in enumerate(owners)
-        ]
-        self._readers: list[Callable[[Any], Any]] = [
-            operator.itemgetter(*names) if names else len for names in self._names
-        ]
+        self._names = list(map(_relevant, held))
+        self._readers: list[Callable[[Any], Any]] = []
+        for place, names in enumerate(self._names):
+            plain = [name for name in names if is_plain(held[place][name])]
+            self._readers.append(operator.itemgetter(*plain) if plain else type)
+            for name in names - set(plain):
+                value = held[place][name]
+                if _is_fixed(value, members):
+                    self._links.append((place, name))
+                    self._link_refs.append(_ref(value))
+                else:
+                    self.roots.append(_attribute(owners[place], name))
         self._values = [_copy(read(each)) for read, each in zip(self._readers, held, strict=True)]
         self._num_modules = sum(isinstance(owner, nn.Module) for owner in owners)
         objects = _objects(held[: self._num_modules])
@@ -261,34 +248,21 @@ class _PartSnapshot:
         hooks = [each for each in objects if not isinstance(each, Tensor | nn.Module | None)]
         self.roots += [_ref(hook) for hook in hooks if not _is_fixed(hook, members)]
 
-    def _plain_names(self, place: int, owner: Any, members: set[int]) -> list[str]:
-        """Return the attributes of `owner` to compare by value; record the other relevant ones."""
-        held = vars(owner)
-        names = [name for name in held if name not in _TORCH_OWN]
-        plain = [name for name in names if is_plain(held[name])]
-        for name in names:
-            value = held[name]
-            if name in plain or not _matters(name, value):
-                continue
-            if _is_fixed(value, members):
-                self._link_places.append((place, name))
-                self._link_refs.append(_ref(value))
-            else:
-                self.roots.append(_attribute(owner, name))
-        return plain
-
     def same(self, samples: bool) -> bool:
         """Return True if these modules are unchanged. O(modules + weights)."""
         owners = [owner() for owner in self._owners]
         if list(map(type, owners)) != self._kinds:
             return False
         held: list[Any] = list(map(vars, owners))
-        if list(map(len, held)) != self._sizes:
-            return False
-        try:
-            if list(map(_use, self._readers, held)) != self._values:
+        sizes = list(map(len, held))
+        if sizes != self._sizes:
+            if list(map(_relevant, held)) != self._names:
                 return False
-            links = [held[place][name] for place, name in self._link_places]
+            self._sizes = sizes
+        try:
+            if list(map(_call, self._readers, held)) != self._values:
+                return False
+            links = [held[place][name] for place, name in self._links]
             if not same_objects(links, self._link_refs):
                 return False
         except Exception:  # an attribute is gone, or its value cannot be compared
@@ -304,18 +278,11 @@ class _PartSnapshot:
             return False
         return self.weights.same([objects[place] for place in self._places], samples)
 
-    def equals(self, other: _PartSnapshot) -> bool:
-        """Return True if the newer snapshot `other` shows the same modules."""
-        return (
-            list(map(_call, self._owners)) == list(map(_call, other._owners))
-            and self._kinds == other._kinds
-            and self._names == other._names
-            and self._values == other._values
-            and self._link_places == other._link_places
-            and same_objects(map(_call, self._link_refs), other._link_refs)
-            and same_objects(map(_call, self._objects), other._objects)
-            and self.weights.equals(other.weights)
-        )
+
+def _relevant(held: Mapping[str, Any]) -> set[str]:
+    """Return the names of the attributes from which a model may compute."""
+    names = held.keys() - _TORCH_OWN
+    return {name for name in names if is_plain(held[name]) or _matters(name, held[name])}
 
 
 def _matters(name: str, value: object) -> bool:
@@ -378,14 +345,6 @@ def _attribute(owner: object, name: str) -> Ref:
 def _attributes(owner: object) -> Ref:
     ref = weakref.ref(owner)
     return lambda: vars(ref())
-
-
-def _call(ref: Ref) -> Any:
-    return ref()
-
-
-def _are_alive(refs: list[Ref]) -> bool:
-    return all(ref() is not None for ref in refs)
 
 
 def _copy(value: Any) -> Any:

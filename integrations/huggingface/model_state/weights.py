@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-from kvpager.integrations.huggingface.model_state.weight_samples import SampleSpread, WeightSamples
 
 # Elements read per tensor, to notice writes that torch's version counters do not count.
 _SAMPLES = 16
@@ -26,15 +27,10 @@ _dtype = operator.attrgetter("dtype")
 Ref = Callable[[], Any]
 
 
-class UnreadableTensor(Exception):
-    """Changes of a tensor cannot be noticed. The message says why."""
-
-
 class Weights:
     """A snapshot of tensors at construction. Keeps no tensor alive.
 
-    `doubt` names a tensor whose changes cannot be noticed, and the reason. It is None if there is
-    no such tensor.
+    `doubt` names a tensor whose changes cannot be noticed, and the reason; None if there is none.
 
     Args:
         tensors: parameters, buffers or other tensors. A wrapper subclass (a quantised weight, a
@@ -46,20 +42,18 @@ class Weights:
         self.doubt: str | None = None
         self._has_wrappers = any(type(tensor) not in _PLAIN for tensor in tensors)
         self._unreadable: set[int] = set()  # positions among the inner tensors
-        spreads: list[SampleSpread] = []
         with torch._C.DisableTorchFunctionSubclass():
             for place, tensor in enumerate(self._inner(tensors)):
-                try:
-                    spreads.append(_spread(tensor))
-                except UnreadableTensor as error:
+                why = _why_unreadable(tensor)
+                if why is not None:
                     shape = "x".join(map(str, _shape(tensor)))
-                    self.doubt = f"a tensor [{shape}] of the model may change undetected: {error}"
+                    self.doubt = f"a tensor [{shape}] of the model may change undetected: {why}"
                     self._unreadable.add(place)
             inner = self._inner(tensors)
             self._inner_refs: list[Ref] = [weakref.ref(tensor) for tensor in inner]
-            self.key = (list(map(id, inner)), _state(inner), _shapes(inner))
-            self._samples = WeightSamples(inner, spreads)
-            self.numbers = self._samples.read(inner)
+            self._state, self._shapes = _state(inner), _shapes(inner)
+            self._samples = _Samples(inner)
+            self._numbers = self._samples.read(inner)
 
     def same(self, tensors: list[Tensor], samples: bool) -> bool:
         """Return True if `tensors`, the objects behind `refs`, have the same values. O(tensors).
@@ -70,17 +64,11 @@ class Weights:
         if inner is not tensors and not same_objects(inner, self._inner_refs):
             return False
         with torch._C.DisableTorchFunctionSubclass():
-            _, state, shapes = self.key
-            if _state(inner) != state:
+            if _state(inner) != self._state:
                 return False
             return not samples or (
-                _shapes(inner) == shapes and self._samples.read(inner) == self.numbers
+                _shapes(inner) == self._shapes and self._samples.read(inner) == self._numbers
             )
-
-    def equals(self, other: Weights) -> bool:
-        """Return True if the newer snapshot `other` has the same tensors and values. O(tensors)."""
-        are_alive = all(ref() is not None for ref in self.refs + self._inner_refs)
-        return are_alive and self.key == other.key and self.numbers == other.numbers
 
     def _inner(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the readable tensors that hold the values of `tensors`."""
@@ -89,6 +77,65 @@ class Weights:
         if not self._unreadable:
             return tensors
         return [each for place, each in enumerate(tensors) if place not in self._unreadable]
+
+
+class _Samples:
+    """A reader of the same few elements of each tensor, spread evenly over its memory.
+
+    On a CPU it reads the elements at their addresses. Making a view of every tensor would take ten
+    times as long, and keeping the views would keep replaced weights alive.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._on_cpu: list[int] = []  # positions of the tensors in CPU memory
+        self._arrays: dict[int, list[NDArray[Any]]] = {}  # by bytes of an element
+        # Position, number of elements and distance between elements of the other tensors.
+        self._elsewhere: dict[tuple[torch.device, torch.dtype], list[tuple[int, int, int]]] = {}
+        for place, tensor in enumerate(tensors):
+            if not tensor.numel():
+                continue
+            length, step = _spread(tensor)
+            if tensor.device.type == "cpu":
+                self._on_cpu.append(place)
+                self._arrays.setdefault(tensor.itemsize, []).append(_array(tensor, length, step))
+            else:
+                kind = tensor.device, tensor.dtype
+                self._elsewhere.setdefault(kind, []).append((place, length, step))
+        self._addresses = [tensors[place].untyped_storage().data_ptr() for place in self._on_cpu]
+
+    def read(self, tensors: list[Tensor]) -> list[bytes] | None:
+        """Return the elements as bytes, since a NaN does not equal itself. O(tensors).
+
+        Returns None if a tensor has moved.
+        """
+        # These references keep other threads from freeing the memory during the read.
+        storages = [tensors[place].untyped_storage() for place in self._on_cpu]
+        if [storage.data_ptr() for storage in storages] != self._addresses:
+            return None
+        found = [np.concatenate(arrays).tobytes() for arrays in self._arrays.values()]
+        with torch.inference_mode():
+            joined = [
+                torch.cat([tensors[at].as_strided((size,), (step,)) for at, size, step in group])
+                for group in self._elsewhere.values()
+            ]
+            return found + [each.view(torch.uint8).cpu().numpy().tobytes() for each in joined]
+
+
+def _spread(tensor: Tensor) -> tuple[int, int]:
+    """Return the number of elements to read of `tensor`, and the distance between them."""
+    lengths = zip(tensor.shape, tensor.stride(), strict=True)
+    # From the first to the last element in memory, in any order of the dimensions.
+    span = 1 + sum((size - 1) * stride for size, stride in lengths)
+    step = 1 if tensor.is_inference() else -(-span // _SAMPLES)
+    return -(-span // step), step
+
+
+def _array(tensor: Tensor, length: int, step: int) -> NDArray[Any]:
+    """Return an array over the elements that does not keep the memory of `tensor` alive."""
+    num_bytes = ((length - 1) * step + 1) * tensor.itemsize
+    memory: Any = (ctypes.c_char * num_bytes).from_address(tensor.data_ptr())
+    numbers: NDArray[Any] = np.frombuffer(memory, np.dtype(f"V{tensor.itemsize}"))
+    return numbers[::step]
 
 
 def same_objects(objects: Iterable[object], refs: list[Ref]) -> bool:
@@ -125,34 +172,24 @@ def _shapes(inner: list[Tensor]) -> tuple[list[Any], ...]:
     return list(map(Tensor.size, inner)), list(map(Tensor.stride, inner)), list(map(_dtype, inner))
 
 
-def _spread(tensor: Tensor) -> SampleSpread:
-    """Return which elements of `tensor` to read. Raises: `UnreadableTensor`."""
-    _refuse_unreadable(tensor)
-    if not tensor.numel():
-        return SampleSpread(0, 1)
-    lengths = zip(tensor.shape, tensor.stride(), strict=True)
-    # From the first to the last element in memory, in any order of the dimensions.
-    span = 1 + sum((size - 1) * stride for size, stride in lengths)
-    step = 1 if tensor.is_inference() else -(-span // _SAMPLES)
-    return SampleSpread(-(-span // step), step)
-
-
-def _refuse_unreadable(tensor: Tensor) -> None:
+def _why_unreadable(tensor: Tensor) -> str | None:
+    """Return the reason why changes of `tensor` cannot be noticed; None if they can."""
     if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise UnreadableTensor(f"it is a {'nested' if tensor.is_nested else kind} tensor")
+        return f"it is a {'nested' if tensor.is_nested else kind} tensor"
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise UnreadableTensor(f"a {type(tensor).__name__} does not show its values")
+        return f"a {type(tensor).__name__} does not show its values"
     try:
         is_there = bool(tensor.data_ptr()) or not tensor.shape.numel()
     except (RuntimeError, ValueError):
         is_there = False
     if not is_there:
-        raise UnreadableTensor("it has no values in memory")
+        return "it has no values in memory"
     if tensor.device.type != "cpu" and not _can_be_copied(tensor.dtype):
-        raise UnreadableTensor(f"torch cannot copy {str(tensor.dtype).removeprefix('torch.')}")
+        return f"torch cannot copy {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.is_inference() and tensor.numel() > _UNCOUNTED_MAX:
-        raise UnreadableTensor("torch does not count writes to inference tensors")
+        return "torch does not count writes to inference tensors"
+    return None
 
 
 @functools.cache
