@@ -224,35 +224,21 @@ class Engine:
         given = prompt_argument("prompt", prompt, input_ids)
         ids = self._reader(generation_config, overrides).one(given, attention_mask)
         sampling = self._chosen_settings(sampling_settings, generation_config, overrides)
-        labels = {
-            "request_id": request_id,
-            "namespace": namespace,
-            "tenant": tenant,
-            "priority": priority,
-        }
-        return self._queue(ids, sampling, seed, logprobs, timeout, labels)
-
-    def _queue(
-        self,
-        ids: list[int],
-        sampling: SamplingSettings,
-        seed: int | None,
-        logprobs: bool,
-        timeout: float | None,
-        labels: dict[str, Any],
-    ) -> Stream:
-        """Queue a request whose prompt was read. `labels`: those that a `Request` has as well."""
-        arguments.label("request_id", labels["request_id"])
-        deadline = _deadline(timeout)
-        begins = ids if not self._info.is_encoder_decoder else [decoder_start(self.model)]
+        arguments.label("request_id", request_id)
+        if timeout is not None:
+            timeout = time.monotonic() + arguments.seconds("timeout", timeout, is_limit=True)
+        begins = [decoder_start(self.model)] if self._info.is_encoder_decoder else ids
         resolved = sampling.resolve(len(begins), ids)
         settings = resolved.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
             prompt=np.asarray(begins, np.int32),
             max_new_tokens=resolved.max_new_tokens,
             n=sampling.num_samples,
-            deadline=deadline,
-            **labels | {"request_id": labels["request_id"] or f"request-{next(self._numbers)}"},
+            deadline=timeout,
+            request_id=request_id or f"request-{next(self._numbers)}",
+            namespace=namespace,
+            tenant=tenant,
+            priority=priority,
         )
         require_room(request, self._core.scheduler, self._storage, self._budget)
         return self._core.submit(request, settings, ids)
@@ -285,9 +271,8 @@ class Engine:
         """
         arguments.flag("progress", progress)
         with _submitted() as streams:
-            prompts = prompt_argument("prompts", prompts, input_ids)
-            for each in self._requests(prompts, generation_config, attention_mask, options):
-                streams.append(self.submit(generation_config=generation_config, **each))
+            given = prompt_argument("prompts", prompts, input_ids)
+            self._submit_all(streams, given, generation_config, attention_mask, options)
             bar = tqdm(streams, desc="requests", unit="request", disable=not progress)
             return [stream.result() for stream in bar]
 
@@ -302,9 +287,8 @@ class Engine:
     ) -> list[Output]:
         """Serve `prompts` as `generate` does, without blocking other asyncio tasks."""
         with _submitted() as streams:
-            prompts = prompt_argument("prompts", prompts, input_ids)
-            for each in self._requests(prompts, generation_config, attention_mask, options):
-                streams.append(self.submit(generation_config=generation_config, **each))
+            given = prompt_argument("prompts", prompts, input_ids)
+            self._submit_all(streams, given, generation_config, attention_mask, options)
             return [await stream for stream in streams]
 
     def sampling_settings(
@@ -383,17 +367,17 @@ class Engine:
 
     # ---------------------------------------------------------------- making requests
 
-    def _requests(
+    def _submit_all(
         self,
+        streams: list[Stream],
         prompts: Any,
         config: GenerationConfig | None,
         mask: Any,
         options: dict[str, Any],
-    ) -> list[dict[str, Any]]:
-        """Return the arguments of `submit` for each of several prompts."""
+    ) -> None:
         rows = self._reader(config, options).several(prompts, mask)
-        each = options_per_prompt(options, len(rows))
-        return [{"prompt": row} | more for row, more in zip(rows, each, strict=True)]
+        for row, each in zip(rows, options_per_prompt(options, len(rows)), strict=True):
+            streams.append(self.submit(row, config, **each))
 
     def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> PromptReader:
         return PromptReader.for_call(self._info, self.model.generation_config, config, overrides)
@@ -404,7 +388,6 @@ class Engine:
         config: GenerationConfig | None,
         overrides: dict[str, Any],
     ) -> SamplingSettings:
-        """Return `sampling`, or settings made of the other arguments. Raises: as `submit`."""
         if sampling is None:
             sampling = self._made_settings(config, overrides)
         elif config is not None or overrides:
@@ -430,12 +413,6 @@ class Engine:
             self._defaults = copy.deepcopy(defaults)
             self._usual.cache_clear()
         return self._usual(**{k: v for k, v in overrides.items() if v is not None})
-
-
-def _deadline(timeout: float | None) -> float | None:
-    if timeout is None:
-        return None
-    return time.monotonic() + arguments.seconds("timeout", timeout, is_limit=True)
 
 
 @contextmanager

@@ -31,10 +31,7 @@ class Patch:
     """An active patch of one model or of every model. `patch` makes it, `undo` ends it."""
 
     def __init__(
-        self,
-        model: nn.Module | None,
-        memory: PagedMemory,
-        prompts: PromptCache | None,
+        self, model: nn.Module | None, memory: PagedMemory, prompts: PromptCache | None
     ) -> None:
         self.memory = memory
         self.prompts = prompts
@@ -50,7 +47,7 @@ class Patch:
             self._configs = list({id(config): config for config in configs}.values())
 
     def __repr__(self) -> str:
-        state = "active" if self in active else "undone"
+        state = "active" if self.is_active else "undone"
         return f"<Patch of {self._served}: {state}, {self.memory.options()}>"
 
     def covers(self, model: nn.Module) -> bool:
@@ -59,11 +56,8 @@ class Patch:
 
     def is_of(self, model: nn.Module | None) -> bool:
         """Return True if `patch` was called with just this model; None is every model. O(1)."""
-        return (
-            self._covers_all
-            if model is None
-            else self._model is not None and self._model() is model
-        )
+        own = None if self._model is None else self._model()
+        return self._covers_all if model is None else own is model
 
     def was_made_for(self, model: nn.Module | None) -> bool:
         """Return True if `patch` was called for this model, or for one inside it or around it.
@@ -148,7 +142,7 @@ class Patch:
         self.memory.clear_prefix_cache()
 
     def __enter__(self) -> Patch:
-        if self not in active:
+        if not self.is_active:
             raise KVPagerError("this patch was undone already; make a new one with patch()")
         return self
 

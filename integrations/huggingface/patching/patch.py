@@ -79,8 +79,14 @@ def patch(
     block; `KVPagerError` if the model is patched already. The model is then as it was.
     """
     warn_if_untested()
-    _check_model(model)
-    _check_namespace(namespace, arguments.flag("prefix_cache", prefix_cache))
+    if model is not None and not _can_generate(model):
+        raise no_model(model)
+    arguments.flag("prefix_cache", prefix_cache)
+    arguments.label("namespace", namespace)
+    if namespace is not None and not prefix_cache:
+        raise ValueError(
+            f"namespace={namespace!r}: separates cached prefixes only. Pass prefix_cache=True too."
+        )
     in_place, dtype = arguments.flag("in_place", in_place), _checked_dtype(dtype, model)
     budget = Budget(
         memory,
@@ -96,10 +102,7 @@ def patch(
         wide = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
         budget.refuse_below(least_block_bytes(model.config, wide, budget))
     prompts = PromptCache(paged.namespaces) if prefix_cache else None
-    return _activate(Patch(model, paged, prompts), model)
-
-
-def _activate(made: Patch, model: nn.Module | None) -> Patch:
+    made = Patch(model, paged, prompts)
     with lock, uninterrupted:
         for other in active:
             if other.is_of(model):
@@ -109,19 +112,6 @@ def _activate(made: Patch, model: nn.Module | None) -> Patch:
             install()
         active.append(made)
     return made
-
-
-def _check_model(model: object) -> None:
-    if model is not None and not _generative(model):
-        raise no_model(model)
-
-
-def _check_namespace(namespace: str | None, prefix_cache: bool) -> None:
-    arguments.label("namespace", namespace)
-    if namespace is not None and not prefix_cache:
-        raise ValueError(
-            f"namespace={namespace!r}: separates cached prefixes only. Pass prefix_cache=True too."
-        )
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -150,7 +140,7 @@ def unpatch(model: nn.Module | None = None) -> None:
             made.undo()
 
 
-def _generative(model: object) -> bool:
+def _can_generate(model: object) -> bool:
     return isinstance(model, nn.Module) and any(
         isinstance(module, GenerationMixin) for module in model.modules()
     )

@@ -42,11 +42,8 @@ def install() -> None:
     replace(masking_utils, "_preprocess_mask_arguments", _watched_masks)
     for name, wrap in entry_points(patch_for).items():
         replace(ContinuousMixin, name, wrap)
-    replace(
-        configuration_utils,
-        "ALL_CACHE_IMPLEMENTATIONS",
-        lambda original: (*original, "kvpager"),
-    )
+    names = "ALL_CACHE_IMPLEMENTATIONS"
+    replace(configuration_utils, names, lambda original: (*original, "kvpager"))
     registered: Any = AttentionInterface._global_mapping
     replace_attention("sdpa", reading_in_place(registered["sdpa"]))
     for name in list(flash_names(registered)):

@@ -138,11 +138,9 @@ def _described(layers: PagedLayers, memory: PagedMemory) -> str:
     kept = str(dtype).removeprefix("torch.")
     if memory.budget.kv_cache_dtype is not None:
         kept += f" kept as {memory.budget.kv_cache_dtype}"
-    sees = (
-        "full attention"
-        if layers.window is None
-        else f"a window of {counted(layers.window, 'token')}"
-    )
+    sees = "full attention"
+    if layers.window is not None:
+        sees = f"a window of {counted(layers.window, 'token')}"
     dims = f"{shape.head_dim}"
     if shape.value_head_dim != shape.head_dim:
         dims += f" (keys) and {shape.value_head_dim} (values)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,40 +23,32 @@ def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
         # This release lacks a private function, and with it an optimisation.
         logger.warning("transformers has no %s.%s: paging works without it", owner.__name__, name)
         return
-    ours = wrap(original)
-    setattr(owner, name, ours)
-    _undo.append(
-        lambda: _restore(
-            f"{owner.__name__}.{name}",
-            getattr(owner, name) is ours,
-            lambda: setattr(owner, name, original),
-        )
-    )
+    get, put = functools.partial(getattr, owner, name), functools.partial(setattr, owner, name)
+    _replace(f"{owner.__name__}.{name}", get, put, wrap(original))
 
 
 def replace_attention(name: str, ours: AttentionFunction) -> None:
     """Register `ours` as the attention function called `name`. O(1)."""
     registered: Any = AttentionInterface._global_mapping
-    original = registered[name]
-    AttentionInterface.register(name, ours)
-    _undo.append(
-        lambda: _restore(
-            f"the {name} attention",
-            registered[name] is ours,
-            lambda: AttentionInterface.register(name, original),
-        )
-    )
+    put = functools.partial(AttentionInterface.register, name)
+    _replace(f"the {name} attention", functools.partial(registered.get, name), put, ours)
+
+
+def _replace(what: str, get: Callable[[], Any], put: Callable[[Any], Any], ours: Any) -> None:
+    original = get()
+
+    def restore() -> None:
+        if get() is ours:
+            put(original)
+            return
+        # Other code replaced our function and may call it. Without a patch it calls the original.
+        logger.warning("%s was replaced by other code while patched, and is left unchanged", what)
+
+    put(ours)
+    _undo.append(restore)
 
 
 def restore_all() -> None:
     """Restore all originals, in reverse order. O(replacements)."""
     while _undo:
         _undo.pop()()
-
-
-def _restore(what: str, is_ours: bool, restore: Callable[[], None]) -> None:
-    if is_ours:
-        restore()
-    else:
-        # Other code replaced our function and may call it. Without a patch it calls the original.
-        logger.warning("%s was replaced by other code while patched, and is left unchanged", what)
