@@ -380,7 +380,7 @@ class Engine:
             streams.append(self.submit(row, config, **each))
 
     def _reader(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> PromptReader:
-        return PromptReader.for_call(self._info, self.model.generation_config, config, overrides)
+        return PromptReader(self._info, self.model.generation_config, config, overrides)
 
     def _chosen_settings(
         self,

@@ -23,11 +23,10 @@ _KEPT = "_cached_continuous_batching_manager"
 
 # Returns the `Patch` that serves a model, or None.
 FindPatch = Callable[[Any], Any]
-EntryPoint = Callable[..., Any]
 
 
-def entry_points(find: FindPatch) -> dict[str, Callable[[EntryPoint], EntryPoint]]:
-    """Return a wrapper for each method of `ContinuousMixin` that needs one, by name.
+def entry_points(find: FindPatch) -> dict[str, Callable[..., Any]]:
+    """Return a function to call around each method of `ContinuousMixin` that needs one, by name.
 
     The other methods call these two.
     """
@@ -37,49 +36,39 @@ def entry_points(find: FindPatch) -> dict[str, Callable[[EntryPoint], EntryPoint
     }
 
 
-def _init(find: FindPatch, original: EntryPoint) -> EntryPoint:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        serving = find(self)
-        if serving is None:
-            return original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        return _manager(self, serving, **{k: v for k, v in given.items() if k != "self"})
-
-    return init_continuous_batching
+def _init(find: FindPatch, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    serving = find(args[0])
+    if serving is None:
+        return original(*args, **kwargs)
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    return _manager(given.pop("self"), serving, **given)
 
 
-def _generate_batch(find: FindPatch, original: EntryPoint) -> EntryPoint:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if find(self) is None:
-            return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        given, options = bound.arguments, bound.arguments.get("kwargs", {})
-        _warn_of_ignored(self, given.get("generation_config"), options)
-        masks = options.get("attention_mask")
-        if masks is not None:
-            rows = zip(given["inputs"], masks, strict=True)
-            given["inputs"] = [Padded(row, mask) for row, mask in rows]
-        outer = _calls.managers
-        made: list[PagedBatchingManager] = []
-        try:
-            _calls.managers = made
-            return original(*bound.args, **bound.kwargs)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                _abandon(made)
-            raise
-        finally:
-            _calls.managers = outer
-            for manager in made:
-                manager.ends_with_call = False
-
-    return generate_batch
+def _generate_batch(
+    find: FindPatch, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    if find(args[0]) is None:
+        return original(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    given, options = bound.arguments, bound.arguments.get("kwargs", {})
+    _warn_of_ignored(args[0], given.get("generation_config"), options)
+    masks = options.get("attention_mask")
+    if masks is not None:
+        rows = zip(given["inputs"], masks, strict=True)
+        given["inputs"] = [Padded(row, mask) for row, mask in rows]
+    outer = _calls.managers
+    made: list[PagedBatchingManager] = []
+    try:
+        _calls.managers = made
+        return original(*bound.args, **bound.kwargs)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            _abandon(made)
+        raise
+    finally:
+        _calls.managers = outer
+        for manager in made:
+            manager.ends_with_call = False
 
 
 class _Calls(threading.local):
@@ -135,9 +124,7 @@ def _manager(
         config,
         continuous_batching_config or ContinuousBatchingConfig(),
         workload_hints,
-        memory=serving.memory,
-        namespace=lambda: serving.memory.namespaces.current,
-        may_be_kept=lambda: serving.is_active,
+        serving,
     )
     _note_call(manager)
     serving.managers.add(manager)

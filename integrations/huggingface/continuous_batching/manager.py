@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,13 +16,13 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from kvpager.engine.processes import Process
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.options import engine_options
-from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job, Router
-from kvpager.integrations.huggingface.continuous_batching.requests import Requests, Status
-from kvpager.integrations.huggingface.continuous_batching.sampling import (
+from kvpager.integrations.huggingface.continuous_batching.options import (
     RequestOverrides,
     SettingsFactory,
+    engine_options,
 )
+from kvpager.integrations.huggingface.continuous_batching.outputs import Handler, Job, Router
+from kvpager.integrations.huggingface.continuous_batching.requests import Requests, Status
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
 from kvpager.integrations.huggingface.runner.wrappers import refuse_sharded
@@ -43,9 +43,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         generation_config: settings of all requests. Settings that it leaves open are off.
         continuous_batching_config: settings of the engine; see `options.py`.
         workload_hints: the expected requests, or None.
-        memory: the patch's memory. Its options fill the gaps of the config.
-        namespace: a function that returns the namespace of a new request.
-        may_be_kept: a function; True if the model may keep the manager for another session.
+        patch: the patch that serves the model. Its options fill the gaps of the config.
 
     Thread-safe. In a fork, all calls but those that end the session raise `EngineClosed`.
     Raises: `KVPagerError` for a model that cannot be batched; `ValueError` for invalid settings.
@@ -56,11 +54,8 @@ class PagedBatchingManager(ContinuousBatchingManager):
         model: Any,
         generation_config: Any,
         continuous_batching_config: Any,
-        workload_hints: Any = None,
-        *,
-        memory: PagedMemory,
-        namespace: Callable[[], str | None],
-        may_be_kept: Callable[[], bool],
+        workload_hints: Any,
+        patch: Any,
     ) -> None:
         self.model: Any = model
         self.generation_config = generation_config
@@ -71,14 +66,16 @@ class PagedBatchingManager(ContinuousBatchingManager):
         self._status: Status = self.background_thread_status
         self.output_router: Any = Router()
         self.batch_processor: Any = None  # the session's `Engine`
-        self._patched, self._may_be_kept = memory, may_be_kept
+        self._patch = patch
+        self._memory: PagedMemory = patch.memory
         self.process = Process("manager")
         refuse_sharded(model)
         self._info = inspect_model(model)
-        if memory.dtype is not None and memory.dtype != self._info.dtype:
+        wanted = self._memory.dtype
+        if wanted is not None and wanted != self._info.dtype:
             raise KVPagerError(
-                f"dtype={memory.dtype} of the patch: {type(model).__name__} keeps keys and values "
-                f"in {self._info.dtype}. Load the model in {memory.dtype}, or leave dtype out."
+                f"dtype={wanted} of the patch: {type(model).__name__} keeps keys and values in "
+                f"{self._info.dtype}. Load the model in {wanted}, or leave dtype out."
             )
         self.hint(workload_hints)
         self._requests = Requests(
@@ -91,9 +88,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
                 per_request=continuous_batching_config.per_request_processors,
             ),
             continuous_batching_config,
-            memory,
-            namespace,
-            generation_config.num_return_sequences or 1,
+            self._memory,
         )
         self._changed: threading.Condition = self.output_router.changed
         self._control = threading.Lock()  # held by a thread that starts or destroys a session
@@ -104,9 +99,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
     def hint(self, workload_hints: Any) -> None:
         """Set the expected requests of the next session, which size its pool. O(options)."""
         config, generation = self.continuous_batching_config, self.generation_config
-        self._options = engine_options(
-            config, generation, self._info, self._patched, workload_hints
-        )
+        self._options = engine_options(config, generation, self._info, self._memory, workload_hints)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
         """Do nothing: an engine chooses the attention for its session."""
@@ -155,7 +148,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
                     return
                 try:
                     engine = self._warm()
-                    engine.quotas.update(self._patched.quotas)
+                    engine.quotas.update(self._memory.quotas)
                 except BaseException:
                     self._cool()
                     raise
@@ -175,7 +168,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
             thread.start()  # the thread waits for this lock first
             self._status.local_status, self._status.engine = Status.DONT_STOP, engine
             self._generation_thread, self._status.is_serving = thread, True
-        self._patched.note_session(sessions=1)
+        self._memory.note_session(sessions=1)
 
     def _serve(self, engine: Engine) -> None:
         """Wait until the session may end; then close the engine."""
@@ -195,7 +188,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         engine = self._status.engine
         doubt = None if engine is None else engine.stats().unshared
         if doubt is not None:
-            self._patched.session_doubts.add(doubt)
+            self._memory.session_doubts.add(doubt)
 
     def _may_end(self, engine: Engine) -> bool:
         status = self._status.local_status
@@ -224,13 +217,15 @@ class PagedBatchingManager(ContinuousBatchingManager):
         engine = self.batch_processor
         if engine is not None and engine.is_paused_here:
             raise RuntimeError("stop() inside pause would never return. Leave the pause first.")
+        # Nobody waits for the outputs of an interrupted `generate_batch`.
+        is_abandoned = self.ends_with_call and not isinstance(sys.exception(), Exception | None)
         with self._changed:
-            wanted = Status.HARD_STOP if hard_stop else Status.FLUSH_AND_STOP
+            wanted = Status.HARD_STOP if hard_stop or is_abandoned else Status.FLUSH_AND_STOP
             self._status.local_status = max(wanted, self._status.local_status)
             self._changed.notify_all()
         if block:
             self.join(time.perf_counter(), timeout)
-        if keep_for_next_session and self._may_be_kept():
+        if keep_for_next_session and self._patch.is_active:
             self.model._cached_continuous_batching_manager = self
 
     def end_now(self) -> None:
@@ -239,11 +234,6 @@ class PagedBatchingManager(ContinuousBatchingManager):
             if self._status.is_serving:
                 self._status.local_status = Status.HARD_STOP
                 self._changed.notify_all()
-
-    def end_if_abandoned(self) -> None:
-        """End the session of a `generate_batch` that was interrupted. O(1)."""
-        if self.ends_with_call and not isinstance(sys.exception(), Exception):
-            self.end_now()
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         """Wait for the session's end, at most `timeout` seconds. Does nothing in a fork."""
@@ -344,7 +334,6 @@ class PagedBatchingManager(ContinuousBatchingManager):
                 self._requests.add(jobs, ids, name, wanted, is_streaming, with_timestamps, patience)
         except BaseException:
             self._requests.take_back(jobs)
-            self.end_if_abandoned()
             raise
         return [job.names[0] for job in jobs]
 
@@ -379,7 +368,6 @@ class PagedBatchingManager(ContinuousBatchingManager):
         except BaseException:
             for output in found:
                 self.output_router.put_back(output)
-            self.end_if_abandoned()
             raise
         return found[0] if found else None
 

@@ -8,12 +8,14 @@ import itertools
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import Any
 
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from kvpager._atomic import Condition
 from kvpager.engine.stream import Output, Stream, Token
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.continuous_batching.options import RequestOverrides
 
 Handler = Callable[[GenerationOutput], object]
 
@@ -98,12 +100,10 @@ class Job:
     """A live request, whose tokens it turns into outputs.
 
     Args:
-        router: takes the outputs.
-        request_id: the id that the user knows.
-        prompt: token ids.
+        prompt: token ids, with the padding that the user passed.
+        submission: the arguments of `Engine.submit`, without the settings.
         num_samples: the number of samples. Samples after the first have ids of children.
         is_streaming: True for an output per token, False for an output per sample.
-        with_timestamps: True if outputs contain the time of each token.
         on_end: a function to call once after the last output.
     """
 
@@ -113,6 +113,8 @@ class Job:
         request_id: str,
         prompt: list[int],
         *,
+        wanted: RequestOverrides,
+        submission: dict[str, Any],
         num_samples: int,
         is_streaming: bool,
         with_timestamps: bool,
@@ -120,6 +122,7 @@ class Job:
     ) -> None:
         children = [f"{request_id}__child#{number}" for number in range(num_samples - 1)]
         self.names = [request_id, *children]
+        self.wanted, self.submission = wanted, submission
         self.stream: Stream | None = None
         self.is_cancelled = False
         self.is_over = False

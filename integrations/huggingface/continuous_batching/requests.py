@@ -6,19 +6,18 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.engine.stream import Stream
 from kvpager.errors import KVPagerError, QueueFull, RequestCancelled
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
-from kvpager.integrations.huggingface.continuous_batching.sampling import (
+from kvpager.integrations.huggingface.continuous_batching.options import (
     RequestOverrides,
     SettingsFactory,
 )
+from kvpager.integrations.huggingface.continuous_batching.outputs import Job, Router
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.prompt_reader import without_padding
 
@@ -70,27 +69,10 @@ class Padded(list[int]):
         self.row = ids.tolist()
 
 
-class _PendingRequest(NamedTuple):
-    """A request that was added, but is not queued yet."""
-
-    job: Job
-    prompt: list[int]
-    wanted: RequestOverrides
-    namespace: str | None
-    seed: int | None
-
-
 class Requests:
-    """The requests of a manager that have not ended.
+    """The requests of a manager that have not ended. The lock of `router` guards them.
 
-    Args:
-        router: takes the outputs. Its lock guards the requests.
-        status: the status of the session.
-        factory: makes the sampling settings of each request.
-        config: the settings of continuous batching.
-        memory: the patch's memory, which counts requests and tokens.
-        namespace: a function that returns the namespace of a new request.
-        num_samples: the number of samples of each request.
+    `config` is a `ContinuousBatchingConfig`, `memory` the memory of the patch.
     """
 
     def __init__(
@@ -100,14 +82,11 @@ class Requests:
         factory: SettingsFactory,
         config: Any,
         memory: PagedMemory,
-        namespace: Callable[[], str | None],
-        num_samples: int,
     ) -> None:
         self._router, self._status, self._factory = router, status, factory
-        self._config, self._memory, self._namespace = config, memory, namespace
-        self._num_samples = num_samples
+        self._config, self._memory = config, memory
         self.jobs: dict[str, Job] = {}  # by the ids of all samples
-        self._pending: list[_PendingRequest] = []  # until a session begins
+        self._pending: list[Job] = []  # until a session begins
         self._request_counter = 0
         self._seeds = itertools.count()
 
@@ -132,11 +111,20 @@ class Requests:
             while request_id is None or (request_id in self.jobs and not is_named):
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
+            seed = None if self._config.seed is None else self._config.seed + next(self._seeds)
             job = Job(
                 self._router,
                 request_id,
                 input_ids.row if isinstance(input_ids, Padded) else prompt,
-                num_samples=self._num_samples,
+                wanted=wanted,
+                submission={
+                    "prompt": prompt,
+                    "request_id": _RequestId(request_id),
+                    "namespace": self._memory.namespaces.current,
+                    "seed": seed,
+                    "logprobs": self._config.return_logprobs,
+                },
+                num_samples=self._factory.num_samples,
                 is_streaming=is_streaming,
                 with_timestamps=with_timestamps,
                 on_end=self._end,
@@ -146,17 +134,15 @@ class Requests:
                 raise ValueError(f"request_id={taken[0]!r}: in use. Choose another id.")
             self.jobs.update(dict.fromkeys(job.names, job))
             jobs.append(job)
-            seed = None if self._config.seed is None else self._config.seed + next(self._seeds)
-            request = _PendingRequest(job, prompt, wanted, self._namespace(), seed)
             if not self._status.is_serving:
-                self._pending.append(request)
+                self._pending.append(job)
                 return
-        self._queue(request, patience)
+        self._queue(job, patience)
 
     def take_back(self, jobs: list[Job]) -> None:
         """Remove requests and their outputs, as if they were never added. O(jobs)."""
         with self._router.changed:  # signals wait until all is done
-            self._pending = [request for request in self._pending if request.job not in jobs]
+            self._pending = [job for job in self._pending if job not in jobs]
             for job in jobs:
                 job.take_back()
                 for name in job.names:
@@ -165,25 +151,23 @@ class Requests:
 
     def queue_pending(self) -> None:
         """Queue the requests that were added before the session began. O(tokens)."""
-        taken: list[_PendingRequest] = []
+        taken: list[Job] = []
         try:
             with self._router.changed:
                 taken, self._pending = self._pending, []
-            for request in taken:
-                self._queue(request, patience=None)
+            for job in taken:
+                self._queue(job, patience=None)
         except BaseException as error:
-            for request in taken:  # running requests end with the session
-                request.job.fail(RequestCancelled(f"start() was interrupted by {error!r}"))
+            for job in taken:  # running requests end with the session
+                job.fail(RequestCancelled(f"start() was interrupted by {error!r}"))
             raise
 
     def fail_pending(self) -> None:
         """End the pending requests, since no session will follow. O(requests)."""
         with self._router.changed:  # signals wait until all have failed
             taken, self._pending = self._pending, []
-            for request in taken:
-                request.job.fail(
-                    RequestCancelled("the manager was destroyed before it was started")
-                )
+            for job in taken:
+                job.fail(RequestCancelled("the manager was destroyed before it was started"))
 
     def _end(self, job: Job) -> None:
         self._memory.note_session(requests=1, tokens=job.num_generated)
@@ -196,40 +180,30 @@ class Requests:
                     del self.jobs[name]
             self._router.changed.notify_all()
 
-    def _queue(self, request: _PendingRequest, patience: float | None) -> None:
+    def _queue(self, job: Job, patience: float | None) -> None:
         """Submit the request to the engine; a refused request fails. Raises: `queue.Full`."""
         deadline = None if patience is None else time.monotonic() + patience
         try:
-            stream = self._submit(request)
-            while stream is None:
-                self._wait_for_room(request, deadline)
-                stream = self._submit(request)
+            while (stream := self._submit(job)) is None:
+                self._wait_for_room(job, deadline)
         except (KVPagerError, ValueError, TypeError) as error:
-            request.job.fail(error)
+            job.fail(error)
         else:
-            request.job.follow(stream)
+            job.follow(stream)
 
-    def _submit(self, request: _PendingRequest) -> Stream | None:
+    def _submit(self, job: Job) -> Stream | None:
         engine = self._status.engine
         assert engine is not None
-        sampling = self._factory.settings_for(
-            request.wanted, len(request.prompt), lambda: engine.stats().pool
-        )
+        num_prompt = len(job.submission["prompt"])
+        sampling = self._factory.settings_for(job.wanted, num_prompt, lambda: engine.stats().pool)
         try:
-            return engine.submit(
-                request.prompt,
-                request_id=_RequestId(request.job.names[0]),
-                namespace=request.namespace,
-                seed=request.seed,
-                logprobs=self._config.return_logprobs,
-                sampling_settings=sampling,
-            )
+            return engine.submit(**job.submission, sampling_settings=sampling)
         except QueueFull:
             return None
 
-    def _wait_for_room(self, request: _PendingRequest, deadline: float | None) -> None:
-        if request.job.is_cancelled:
-            raise RequestCancelled(f"request {request.job.names[0]!r} was cancelled")
+    def _wait_for_room(self, job: Job, deadline: float | None) -> None:
+        if job.is_cancelled:
+            raise RequestCancelled(f"request {job.names[0]!r} was cancelled")
         if deadline is not None and time.monotonic() >= deadline:
             raise queue.Full(
                 f"request queue is full (max_queue_size={self._config.max_queue_size}). "
@@ -246,9 +220,8 @@ class Requests:
             if job is None:
                 return
             job.is_cancelled = True
-            others = [request for request in self._pending if request.job is not job]
-            is_pending, self._pending = len(others) < len(self._pending), others
-            if is_pending:
+            if job in self._pending:
+                self._pending.remove(job)
                 job.fail(RequestCancelled(f"request {request_id!r} was cancelled"))
             elif job.stream is not None:
                 job.stream.cancel()

@@ -78,11 +78,7 @@ class ModelState(NamedTuple):
 class ModelWatch:
     """A comparison of a model with itself over time. Keeps neither model nor weights alive.
 
-    Args:
-        model: the model to compare with itself.
-        has_parts: also take snapshots of parts of the model, which `glance` needs.
-
-    Thread-safe.
+    `has_parts` also takes snapshots of parts of the model, which `glance` needs. Thread-safe.
     """
 
     def __init__(self, model: nn.Module, *, has_parts: bool = False) -> None:

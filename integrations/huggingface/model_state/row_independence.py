@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import itertools
 import types
 import weakref
@@ -65,8 +66,8 @@ def _of_model(model: nn.Module, modules: list[nn.Module]) -> Iterator[str]:
     for kind in {type(module) for module in modules}:
         if issubclass(kind, _CONTAINERS):
             yield f"a {kind.__name__}"
-        elif _is_foreign(_forward_of(kind)):
-            yield f"the forward of {kind.__name__}, defined in {_origin(_forward_of(kind))}"
+        elif _is_foreign(forward := inspect.getattr_static(kind, "forward")):
+            yield f"the forward of {kind.__name__}, defined in {_origin(forward)}"
     for function in _functions_of(model, modules).foreign:
         if _is_foreign(function):
             name = getattr(function, "__qualname__", type(function).__name__)
@@ -120,10 +121,6 @@ def _functions_of(model: nn.Module, modules: list[nn.Module]) -> CalledFunctions
     if not found.foreign:  # a foreign function may refer to the model and keep it alive
         _functions[model] = key, found
     return found
-
-
-def _forward_of(kind: type) -> Any:
-    return next(vars(each)["forward"] for each in kind.__mro__ if "forward" in vars(each))
 
 
 def _is_foreign(value: object) -> bool:

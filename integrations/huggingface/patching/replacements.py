@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from kvpager.integrations.huggingface.attention.functions import reading_in_plac
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache, can_be_paged
 from kvpager.integrations.huggingface.continuous_batching.entry_points import entry_points
 from kvpager.integrations.huggingface.patching.handle import Patch, active, patch_for
-from kvpager.integrations.huggingface.patching.undo import replace, replace_attention
+from kvpager.integrations.huggingface.patching.undo import around, replace, replace_attention
 from kvpager.integrations.huggingface.prefix.prefill import prefill
 from kvpager.integrations.huggingface.prefix.prefill_inputs import PrefillInputs, returned_rows
 from kvpager.integrations.huggingface.prefix.prompt_cache import reply
@@ -34,14 +33,14 @@ _NO_PATCH: Any = object()
 
 def install() -> None:
     """Replace functions of transformers. `restore_all` undoes it. O(replacements)."""
-    replace(DynamicCache, "__init__", _paging_init)
-    replace(GenerationMixin, "generate", _counted_generate)
-    replace(GenerationMixin, "_prepare_cache_for_generation", _scoped_prepare)
-    replace(GenerationMixin, "_prefill", _paging_prefill)
-    replace(GenerationMixin, "_sample", _listening_sample)
-    replace(masking_utils, "_preprocess_mask_arguments", _watched_masks)
-    for name, wrap in entry_points(patch_for).items():
-        replace(ContinuousMixin, name, wrap)
+    replace(DynamicCache, "__init__", around(_page_new))
+    replace(GenerationMixin, "generate", around(_generate))
+    replace(GenerationMixin, "_prepare_cache_for_generation", around(_prepare))
+    replace(GenerationMixin, "_prefill", around(_prefill))
+    replace(GenerationMixin, "_sample", around(_sample))
+    replace(masking_utils, "_preprocess_mask_arguments", around(_watch_mask))
+    for name, function in entry_points(patch_for).items():
+        replace(ContinuousMixin, name, around(function))
     names = "ALL_CACHE_IMPLEMENTATIONS"
     replace(configuration_utils, names, lambda original: (*original, "kvpager"))
     registered: Any = AttentionInterface._global_mapping
@@ -50,65 +49,56 @@ def install() -> None:
         replace_attention(name, reading_flash_in_place(registered[name]))
 
 
-def _paging_init(original: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `DynamicCache.__init__`, so that every new cache is paged."""
-
-    @functools.wraps(original)
-    def __init__(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if type(self) is DynamicCache and not torch.compiler.is_compiling():
-            config = kwargs.get("config", args[1] if len(args) > 1 else None)
-            _note_made_outside(_patch_in_scope(config), config)
-            _page(self, _patch_in_scope(config), config)
-
-    return __init__
+def _page_new(original: Callable[..., Any], self: DynamicCache, *args: Any, **kwargs: Any) -> None:
+    """Page every new cache."""
+    original(self, *args, **kwargs)
+    if type(self) is DynamicCache and not torch.compiler.is_compiling():
+        config = kwargs.get("config", args[1] if len(args) > 1 else None)
+        _note_made_outside(_patch_in_scope(config), config)
+        _page(self, _patch_in_scope(config), config)
 
 
-def _counted_generate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `generate`, so that calls of other threads can wait for this call's memory."""
-
-    @functools.wraps(original)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        serving = patch_for(self)
-        if serving is None or torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
-        with serving.memory.calls.running():
-            return original(self, *args, **kwargs)
-
-    return generate
+def _generate(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let calls of other threads wait for this call's memory."""
+    serving = patch_for(self)
+    if serving is None or torch.compiler.is_compiling():
+        return original(self, *args, **kwargs)
+    with serving.memory.calls.running():
+        return original(self, *args, **kwargs)
 
 
-def _scoped_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `_prepare_cache_for_generation`, which knows the model that a cache is made for."""
-
-    @functools.wraps(original)
-    def prepare(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        wanted = generation_config.cache_implementation == "kvpager"
-        serving = patch_for(self, wanted=wanted)
-        # T5Gemma's override then replaces the cross-attention cache by a new one of its class, with
-        # the arguments of DynamicCache. So that cache stays plain here; `_prefill` pages it.
-        is_overridden = type(self)._prepare_cache_for_generation is not prepare
-        outer = getattr(_scope, "patch", None)
-        _scope.patch = _NO_PATCH if serving is None or is_overridden else serving
-        try:
-            result = original(self, generation_config, model_kwargs, *args, **kwargs)
-        finally:
-            _scope.patch = outer
-        cache: Any = cache_in(model_kwargs)
-        if isinstance(cache, EncoderDecoderCache):
-            _page(cache.self_attention_cache, serving)
-            if not is_overridden:
-                _page(cache.cross_attention_cache, serving)
-        else:
-            _page(cache, serving, self.config)
-        if serving is not None:
-            mode = args[0] if args else kwargs.get("generation_mode")
-            _note_fallback(serving, generation_config, cache, mode)
-        return result
-
-    return prepare
+def _prepare(
+    original: Callable[..., Any],
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Page the cache of a call, whose model is known here."""
+    wanted = generation_config.cache_implementation == "kvpager"
+    serving = patch_for(self, wanted=wanted)
+    # T5Gemma's override then replaces the cross-attention cache by a new one of its class, with
+    # the arguments of DynamicCache. So that cache stays plain here; `_prefill` pages it.
+    ours: Any = GenerationMixin._prepare_cache_for_generation
+    is_overridden = type(self)._prepare_cache_for_generation is not ours
+    outer = getattr(_scope, "patch", None)
+    _scope.patch = _NO_PATCH if serving is None or is_overridden else serving
+    try:
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+    finally:
+        _scope.patch = outer
+    cache: Any = cache_in(model_kwargs)
+    if isinstance(cache, EncoderDecoderCache):
+        _page(cache.self_attention_cache, serving)
+        if not is_overridden:
+            _page(cache.cross_attention_cache, serving)
+    else:
+        _page(cache, serving, self.config)
+    if serving is not None:
+        mode = args[0] if args else kwargs.get("generation_mode")
+        _note_fallback(serving, generation_config, cache, mode)
+    return result
 
 
 def _note_fallback(serving: Patch, generation_config: Any, cache: Any, mode: Any) -> None:
@@ -143,42 +133,36 @@ def _note_made_outside(serving: Patch | None, config: Any) -> None:
         )
 
 
-def _paging_prefill(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `_prefill`, which knows the prompt's ids and padding."""
-
-    @functools.wraps(original)
-    def _prefill(
-        self: Any,
-        input_ids: torch.Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        serving, cache = patch_for(self), cache_in(model_kwargs)
-        if isinstance(cache, EncoderDecoderCache):
-            _page(cache.cross_attention_cache, serving)
-        inputs = PrefillInputs(self, input_ids, generation_config, model_kwargs)
-        if serving is not None:
-            serving.memory.calls.note_size(
-                len(input_ids), _longest(generation_config, model_kwargs)
-            )
-        if serving is None or not _is_paged(cache) or args:
-            return original(*inputs, *args, **kwargs)
-        if cache.is_begun:
-            _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
-            return original(*inputs, **kwargs)
-        if not kwargs.get("is_first_iteration", True) or self.config.is_encoder_decoder:
-            return original(*inputs, **kwargs)
-        if model_kwargs.get("inputs_embeds") is not None:
-            if returned_rows(generation_config) > 1:
-                serving.memory.note_fallback("equal rows not merged: inputs_embeds")
-            if serving.prompts is not None:
-                serving.memory.note_not_kept("inputs_embeds")
-            return original(*inputs, **kwargs)
-        return prefill(original, serving.prompts, inputs, **kwargs)
-
-    return _prefill
+def _prefill(
+    original: Callable[..., Any],
+    self: Any,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Compute a prompt, whose ids and padding are known here."""
+    serving, cache = patch_for(self), cache_in(model_kwargs)
+    if isinstance(cache, EncoderDecoderCache):
+        _page(cache.cross_attention_cache, serving)
+    inputs = PrefillInputs(self, input_ids, generation_config, model_kwargs)
+    if serving is not None:
+        serving.memory.calls.note_size(len(input_ids), _longest(generation_config, model_kwargs))
+    if serving is None or not _is_paged(cache) or args:
+        return original(*inputs, *args, **kwargs)
+    if cache.is_begun:
+        _check_padding_is_still_hidden(cache, model_kwargs.get("attention_mask"))
+        return original(*inputs, **kwargs)
+    if not kwargs.get("is_first_iteration", True) or self.config.is_encoder_decoder:
+        return original(*inputs, **kwargs)
+    if model_kwargs.get("inputs_embeds") is not None:
+        if returned_rows(generation_config) > 1:
+            serving.memory.note_fallback("equal rows not merged: inputs_embeds")
+        if serving.prompts is not None:
+            serving.memory.note_not_kept("inputs_embeds")
+        return original(*inputs, **kwargs)
+    return prefill(original, serving.prompts, inputs, **kwargs)
 
 
 def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
@@ -189,34 +173,30 @@ def _longest(generation_config: Any, model_kwargs: dict[str, Any]) -> int:
     return max((generation_config.max_length or 1) - 1, columns)
 
 
-def _watched_masks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `_preprocess_mask_arguments`, to which a model passes the columns that it hides."""
+def _watch_mask(
+    original: Callable[..., Any],
+    config: Any,
+    inputs_embeds: Any,
+    mask: Any,
+    cache: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Note the columns that a model hides."""
+    if isinstance(cache, PagedCache) and not torch.compiler.is_compiling():
+        for group in cache.groups:
+            group.see_mask(mask)
+    return original(config, inputs_embeds, mask, cache, *args, **kwargs)
 
-    @functools.wraps(original)
-    def preprocess(
-        config: Any, inputs_embeds: Any, mask: Any, cache: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if isinstance(cache, PagedCache) and not torch.compiler.is_compiling():
-            for group in cache.groups:
-                group.see_mask(mask)
-        return original(config, inputs_embeds, mask, cache, *args, **kwargs)
 
-    return preprocess
-
-
-def _listening_sample(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `_sample`, which knows the tokens that are chosen."""
-
-    @functools.wraps(original)
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        serving, cache = patch_for(self), cache_in(kwargs)
-        if serving is None or serving.prompts is None or not _is_paged(cache):
-            return original(self, *args, **kwargs)
-        if cache.is_begun or "logits_processor" not in kwargs:  # the cache's tokens are unknown
-            return original(self, *args, **kwargs)
-        return reply(original, serving.prompts, self, *args, **kwargs)
-
-    return _sample
+def _sample(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep a reply, whose tokens are known here."""
+    serving, cache = patch_for(self), cache_in(kwargs)
+    if serving is None or serving.prompts is None or not _is_paged(cache):
+        return original(self, *args, **kwargs)
+    if cache.is_begun or "logits_processor" not in kwargs:  # the cache's tokens are unknown
+        return original(self, *args, **kwargs)
+    return reply(original, serving.prompts, self, *args, **kwargs)
 
 
 def _patch_in_scope(config: Any) -> Patch | None:

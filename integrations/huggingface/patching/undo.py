@@ -16,6 +16,19 @@ logger = logging.getLogger("kvpager")
 _undo: list[Callable[[], None]] = []
 
 
+def around(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Return a function that wraps an original: calls go to `function(original, ...)`."""
+
+    def wrap(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        return call
+
+    return wrap
+
+
 def replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     """Replace attribute `name` of `owner` by `wrap(attribute)`. O(1)."""
     original = getattr(owner, name, None)

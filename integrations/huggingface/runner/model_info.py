@@ -60,10 +60,10 @@ class _RecordingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.written[layer_idx] = shape, key_states.dtype, key_states.device
-        both: tuple[Tensor, Tensor] = super().update(
+        found: tuple[Tensor, Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
-        return both
+        return found
 
 
 def plain_cache(model: Any) -> DynamicCache:
@@ -114,7 +114,7 @@ def inspect_model(model: Any) -> ModelInfo:
         bool(model.config.is_encoder_decoder),
         dtype,
         device,
-        _arguments(model),
+        frozenset(inspect.signature(model.forward).parameters),
         cache_name,
         max_length,
         int(embeddings.num_embeddings),
@@ -152,7 +152,3 @@ def _refusal(model: nn.Module, reason: str) -> KVPagerError:
     return KVPagerError(
         f"{type(model).__name__} cannot be batched continuously: {reason}. Use model.generate()."
     )
-
-
-def _arguments(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)

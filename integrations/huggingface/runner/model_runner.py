@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,15 @@ from kvpager.storage.block_storage import BlockStorage
 class SampleState:
     """The state that a sample keeps besides its blocks."""
 
-    others: dict[int, Any] = field(default_factory=dict)  # transformers' own layers
+    others: dict[int, Any]  # transformers' own layers
     encoded: Any = None  # the encoder's output for the prompt
     across: Any = None  # cross-attention keys and values
 
 
 class ModelRunner:
-    """A model, the storage of its blocks, and further state of its samples.
+    """A model in evaluation mode, the storage of its blocks, and further state of its samples.
 
     Args:
-        model: a model in evaluation mode, on one device.
-        info: the result of `inspect_model(model)`.
-        storage: blocks with layers of the shapes `info.shapes`.
         budget: the format of the blocks; its counters count reads.
         is_packed: True for packed passes, False for one pass per sequence; see `probe`.
         forward: the compiled model for packed passes; None for the model itself.

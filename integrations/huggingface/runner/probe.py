@@ -142,12 +142,8 @@ def _is_right(model: Any, info: ModelInfo, budget: Budget, *, is_packed: bool) -
     except CannotPack:
         return False
     except Exception as error:  # the model uses its cache in a custom way
-        logger.info(
-            "%s does not work with a cache of blocks (%s): %r",
-            type(model).__name__,
-            "packed" if is_packed else "per_sequence",
-            error,
-        )
+        name, how = type(model).__name__, "packed" if is_packed else "per_sequence"
+        logger.info("%s does not work with a cache of blocks (%s): %r", name, how, error)
         return False
 
 
@@ -156,15 +152,10 @@ def _gives_the_same(model: Any, info: ModelInfo, budget: Budget, *, is_packed: b
     """Compare two rows of different lengths, in a prefill step and a decoding step."""
     prompts = [_some_ids(model, info, 5, 0), _some_ids(model, info, 8, 1)]
     groups = len(info.windows)
-    tables = (
-        np.array([[3, 0], [1, 2]], np.int32) + 4 * np.arange(groups, dtype=np.int32)[:, None, None]
-    )
+    firsts = 4 * np.arange(groups, dtype=np.int32)
+    tables = np.array([[3, 0], [1, 2]], np.int32) + firsts[:, None, None]
     storage = BlockStorage(
-        4 * groups,
-        _BLOCK_SIZE,
-        info.shapes,
-        dtype=info.dtype,
-        device=info.device,
+        4 * groups, _BLOCK_SIZE, info.shapes, dtype=info.dtype, device=info.device
     )
     runner = ModelRunner(model, info, storage, budget, is_packed=is_packed)
     before = np.zeros(2, np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,39 +25,28 @@ _ANY_SETTINGS = GenerationConfig()
 _OTHER_NAMES = {"inputs", "inputs_embeds"}
 
 
-class PromptReader(NamedTuple):
-    """A reader of prompts for one model, which removes their padding."""
+class PromptReader:
+    """A reader of the prompts of a call, which removes their padding.
 
-    vocabulary: int
-    model_arguments: frozenset[str]  # of `forward`
-    pad: int | None
-    ends: frozenset[int]  # eos token ids
+    The call's `overrides` go before its `config`, and both before the model's own `settings`.
+    Raises: `ValueError` for inputs of the model or of a tokenizer among `overrides`.
+    """
 
-    @classmethod
-    def of(cls, info: Any, settings: Any) -> PromptReader:
-        """Return the reader for a model with `settings`, a `GenerationConfig`."""
-        ends = settings.eos_token_id
-        ends = frozenset([ends] if isinstance(ends, int) else ends or ())
-        return cls(info.vocabulary, info.arguments, settings.pad_token_id, ends)
-
-    @classmethod
-    def for_call(
-        cls,
+    def __init__(
+        self,
         info: Any,
         settings: GenerationConfig,
         config: GenerationConfig | None,
         overrides: Mapping[str, Any],
-    ) -> PromptReader:
-        """Return the reader of a call: `overrides`, over `config`, over the model's `settings`."""
-        reader = cls.of(info, settings)
-        reader.refuse_others(overrides)
-        if isinstance(config, GenerationConfig):
-            given = cls.of(info, config)
-            reader = reader._replace(
-                pad=reader.pad if given.pad is None else given.pad, ends=given.ends or reader.ends
-            )
-        pad = overrides.get("pad_token_id")
-        return reader if pad is None else reader._replace(pad=pad)
+    ) -> None:
+        self._vocabulary, self._arguments = info.vocabulary, info.arguments
+        for name in overrides.keys() & (self._arguments | _BESIDE | _OTHER_NAMES):
+            if not hasattr(_ANY_SETTINGS, name):  # such a name counts as a setting
+                raise _not_read(name)
+        configs = [config, settings] if isinstance(config, GenerationConfig) else [settings]
+        pads = [overrides.get("pad_token_id"), *(each.pad_token_id for each in configs)]
+        self._pad = next((pad for pad in pads if pad is not None), None)
+        self._ends = next(filter(None, map(_eos_ids, configs)), frozenset[int]())
 
     def one(self, prompt: Any, mask: Any = None) -> list[int]:
         """Return the token ids of a prompt, or of a batch of one. O(tokens).
@@ -110,16 +99,6 @@ class PromptReader(NamedTuple):
             )
         return [self.one(row, mask) for row, mask in zip(rows, masks, strict=True)]
 
-    def refuse_others(self, options: Mapping[str, Any]) -> None:
-        """Refuse inputs of the model or of a tokenizer among `options`. O(options).
-
-        A name that is also a generation setting counts as one. Raises: `ValueError`.
-        """
-        inputs = self.model_arguments | _BESIDE | _OTHER_NAMES
-        for name in options.keys() & inputs:
-            if not hasattr(_ANY_SETTINGS, name):
-                raise _not_read(name)
-
     def _parts(self, prompt: Any, mask: Any) -> tuple[Any, Any]:
         """Return ids and mask from a tokenizer's output; return any other prompt unchanged."""
         if not isinstance(prompt, Mapping):
@@ -127,7 +106,7 @@ class PromptReader(NamedTuple):
         if "input_ids" not in prompt:
             raise TypeError(f"prompt: a dict without input_ids, but {sorted(prompt)}")
         for name in prompt.keys() - {"input_ids", "attention_mask"}:
-            if name in self.model_arguments or name not in _BESIDE:
+            if name in self._arguments or name not in _BESIDE:
                 raise _not_read(name)
         if mask is not None and "attention_mask" in prompt:
             raise ValueError("attention_mask: the prompt contains one. Leave out the argument.")
@@ -141,10 +120,10 @@ class PromptReader(NamedTuple):
         if len({np.shape(row) for row in rows}) != 1 or np.ndim(rows[0]) != 1:
             return none  # prompts of different lengths were not padded
         ids = np.stack([_ids(row) for row in rows])
-        if is_batch and self.pad is not None and self.pad not in self.ends:
-            hidden = ids == self.pad
+        if is_batch and self._pad is not None and self._pad not in self._ends:
+            hidden = ids == self._pad
             return ~hidden if hidden.any() else none
-        for token in {self.pad, *self.ends} - {None}:
+        for token in {self._pad, *self._ends} - {None}:
             is_token = ids == token
             for runs in (_leading(is_token), _leading(is_token[:, ::-1])):
                 if len(set(runs)) > 1:
@@ -159,11 +138,16 @@ class PromptReader(NamedTuple):
         if not ids:
             raise ValueError("prompt: empty. Pass at least one token.")
         for token in (min(ids), max(ids)):
-            if not 0 <= token < self.vocabulary:
+            if not 0 <= token < self._vocabulary:
                 raise ValueError(
-                    f"prompt: token id {token} is outside the vocabulary (0-{self.vocabulary - 1})"
+                    f"prompt: token id {token} is outside the vocabulary (0-{self._vocabulary - 1})"
                 )
         return ids
+
+
+def _eos_ids(settings: Any) -> frozenset[int]:
+    ends = settings.eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def decoder_start(model: Any) -> int:

@@ -92,12 +92,10 @@ class SamplingSettings:
         check_given(overrides)
         if generation_config is not None and not is_complete:
             check_config(generation_config, model.generation_config)
-        self._has_default_length = overrides.get("max_length") is None and (
-            generation_config is None or generation_config.max_length is None
-        )
-        self._has_default_minimum = overrides.get("min_length") is None and (
-            generation_config is None or generation_config.min_length is None
-        )
+        self._has_default = [
+            overrides.get(name) is None and getattr(generation_config, name, None) is None
+            for name in ("max_length", "min_length")
+        ]
         self._minimum = None if is_complete else _minimum(generation_config, overrides)
         settings = _merged(model, generation_config, is_complete, overrides)
         check_served(settings)
@@ -135,11 +133,9 @@ class SamplingSettings:
             return known
         settings = self._completed(prompt_length)
         resolved = self._make(settings, prompt_length, encoder_ids)
-        looks_at_encoder = (
-            settings.encoder_repetition_penalty or settings.encoder_no_repeat_ngram_size
-        )
+        of_encoder = settings.encoder_repetition_penalty or settings.encoder_no_repeat_ngram_size
         # Criteria such as a time limit start with their request.
-        if not resolved.criteria and not looks_at_encoder:
+        if not resolved.criteria and not of_encoder:
             if len(self._by_length) >= _MAX_LENGTHS:
                 self._by_length.clear()
             self._by_length[prompt_length] = resolved
@@ -151,8 +147,7 @@ class SamplingSettings:
         model._prepare_special_tokens(settings, True, device=self._device)
         model._prepare_generated_length(
             settings,
-            self._has_default_length,
-            self._has_default_minimum,
+            *self._has_default,
             "input_ids",
             prompt_length,
             torch.empty(1, prompt_length),
@@ -184,15 +179,14 @@ class SamplingSettings:
         stops = model._get_stopping_criteria(
             settings, StoppingCriteriaList(criteria), tokenizer=self._tokenizer
         )
-        unusual = [s for s in stops if type(s) not in (EosTokenCriteria, MaxLengthCriteria)]
         eos = settings._eos_token_tensor
         return ResolvedSettings(
             settings.max_length - prompt_length,
             frozenset() if eos is None else frozenset(eos.tolist()),
             processors,
-            unusual,
+            [s for s in stops if type(s) not in (EosTokenCriteria, MaxLengthCriteria)],
             self.is_greedy,
-            all(type(each) in _ROWWISE for each in processors),
+            _shared_key(self.is_greedy, processors),
             self._tokenizer,
         )
 
@@ -254,7 +248,9 @@ class ResolvedSettings(NamedTuple):
     processors: LogitsProcessorList
     criteria: list[Callable[..., Any]]  # besides length and eos
     is_greedy: bool
-    is_rowwise: bool  # no processor looks at earlier tokens
+    # Equal for settings with which rows can be drawn together; None if one must be drawn alone,
+    # because a processor looks at its earlier tokens.
+    key: object | None
     tokenizer: Any  # finds stop strings; None if the engine has none
 
     def settings(
@@ -296,7 +292,9 @@ class LogitsSampler:
         An error of a request's processors is returned in that request's `Draw`.
         """
         with_logprobs = any(row.with_logprobs for row in rows)
-        if not with_logprobs and all(map(_is_plain, rows)):  # the usual case, and quicker
+        chosen = [row.sampling for row in rows]
+        if not with_logprobs and all(s.is_greedy and not s.processors for s in chosen):
+            # The usual case, and quicker.
             return [Draw([token], None) for token in _highest(logits)]
         draws: list[Draw | None] = [None] * len(rows)
         for numbers in _alike(rows):
@@ -313,12 +311,6 @@ class LogitsSampler:
         return [draw for draw in draws if draw is not None]
 
 
-def _is_plain(row: Row) -> bool:
-    """Return True for a row whose next token has the highest logit."""
-    resolved: ResolvedSettings = row.sampling
-    return resolved.is_greedy and not resolved.processors
-
-
 def _highest(logits: Tensor) -> list[int]:
     if logits.device.type == "cpu":
         # For 64 rows of 4,096 in bfloat16, torch takes 0.93 ms, NumPy 0.04 (medians, one core).
@@ -332,23 +324,21 @@ def _alike(rows: Sequence[Row]) -> list[list[int]]:
     """Return the indices of rows, grouped by rows that one call can serve."""
     groups: dict[object, list[int]] = {}
     for number, row in enumerate(rows):
-        resolved: ResolvedSettings = row.sampling
-        is_shared = resolved.is_rowwise and row.generator is None and row.times == 1
-        groups.setdefault(_key(resolved) if is_shared else (number,), []).append(number)
+        is_alone = row.sampling.key is None or row.generator is not None or row.times > 1
+        groups.setdefault(number if is_alone else row.sampling.key, []).append(number)
     return list(groups.values())
 
 
-def _key(resolved: ResolvedSettings) -> object:
-    settings = tuple(
-        (type(each), tuple(sorted((k, str(_exact(v))) for k, v in vars(each).items())))
-        for each in resolved.processors
-    )
-    return resolved.is_greedy, settings
+def _shared_key(is_greedy: bool, processors: LogitsProcessorList) -> object | None:
+    """Return a key of the settings, to compare them; None if a processor needs a row's tokens."""
+    if not all(type(each) in _ROWWISE for each in processors):
+        return None
 
+    def exact(value: Any) -> str:  # `str` of a tensor rounds its elements
+        return str(value.tolist() if isinstance(value, Tensor) else value)
 
-def _exact(value: Any) -> Any:
-    # `str` of a tensor rounds its elements.
-    return value.tolist() if isinstance(value, Tensor) else value
+    held = [tuple(sorted((k, exact(v)) for k, v in vars(each).items())) for each in processors]
+    return is_greedy, tuple(map(type, processors)), tuple(held)
 
 
 def _draw(scores: Tensor, rows: Sequence[Row], with_logprobs: bool) -> list[Draw]:
@@ -357,9 +347,9 @@ def _draw(scores: Tensor, rows: Sequence[Row], with_logprobs: bool) -> list[Draw
     resolved: ResolvedSettings = first.sampling
     if resolved.processors:
         # Row-wise processors need no ids; other processors get a single row.
-        ids: Any = (
-            None if resolved.is_rowwise else torch.tensor([first.ids()], device=scores.device)
-        )
+        ids: Any = None
+        if resolved.key is None:
+            ids = torch.tensor([first.ids()], device=scores.device)
         scores = resolved.processors(ids, scores)
     if resolved.is_greedy:
         tokens = scores.argmax(dim=-1, keepdim=True)

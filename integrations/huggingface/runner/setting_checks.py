@@ -6,6 +6,7 @@ transformers checks few of them. Unchecked settings raise during a step, or have
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig
@@ -120,32 +121,15 @@ def check_served(settings: Any) -> None:
 
 # -------------------------------------------------------------------- values
 
-
-def _at_least(least: int) -> Callable[[str, Any], object]:
-    return lambda name, value: arguments.count(name, value, at_least=least)
-
-
-def _share(name: str, value: Any) -> None:
-    arguments.number(name, value, at_least=0, at_most=1)
-
-
-def _share_above_0(name: str, value: Any) -> None:
-    arguments.number(name, value, at_least=0, at_most=1, is_open=True)
-
-
-def _factor(name: str, value: Any) -> None:
-    arguments.number(name, value, at_least=0, at_most=10**9, is_open=True)
+_share = partial(arguments.number, at_least=0, at_most=1)
+_factor = partial(arguments.number, at_least=0, at_most=10**9, is_open=True)
+_token = partial(arguments.count, at_least=-1)  # in transformers, -1 means no such token
 
 
 def _temperature(name: str, value: Any) -> None:
     # Greedy search takes 0, as servers do; `check_served` refuses it for sampling.
     if isinstance(value, bool) or value != 0:
         _factor(name, value)
-
-
-def _token(name: str, value: Any) -> None:
-    # In transformers, -1 means that there is no such token.
-    arguments.count(name, value, at_least=-1)
 
 
 def _tokens(name: str, value: Any) -> None:
@@ -171,35 +155,23 @@ def _texts(name: str, value: Any) -> None:
         raise ValueError(f"{name}={arguments.shown(value)}: expected a text. Leave {name} out.")
 
 
-_CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "begin_suppress_tokens": _suppressed,
-    "decoder_start_token_id": _token,
-    "do_sample": arguments.flag,
-    "encoder_no_repeat_ngram_size": _at_least(0),
-    "encoder_repetition_penalty": _factor,
-    "eos_token_id": _tokens,
-    "epsilon_cutoff": _share,
-    "eta_cutoff": _share,
-    "forced_bos_token_id": _token,
-    "forced_eos_token_id": _tokens,
-    "max_length": _at_least(1),
-    "max_new_tokens": _at_least(1),
-    "max_time": arguments.seconds,
-    "min_length": _at_least(0),
-    "min_new_tokens": _at_least(0),
-    "min_p": _share,
-    "no_repeat_ngram_size": _at_least(0),
-    "num_beams": _at_least(1),
-    "num_return_sequences": _at_least(1),
-    "pad_token_id": _token,
-    "remove_invalid_values": arguments.flag,
-    "renormalize_logits": arguments.flag,
-    "repetition_penalty": _factor,
-    "stop_strings": _texts,
-    "suppress_tokens": _suppressed,
-    "temperature": _temperature,
-    "top_k": _at_least(0),
-    "top_p": _share,
-    "typical_p": _share_above_0,
-    "use_cache": arguments.flag,
-}
+_NAMES: dict[Callable[..., object], tuple[str, ...]] = {
+    arguments.flag: ("do_sample", "remove_invalid_values", "renormalize_logits", "use_cache"),
+    arguments.count: (
+        "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens", "no_repeat_ngram_size",
+        "top_k",
+    ),
+    partial(arguments.count, at_least=1): (
+        "max_length", "max_new_tokens", "num_beams", "num_return_sequences",
+    ),
+    arguments.seconds: ("max_time",),
+    _share: ("epsilon_cutoff", "eta_cutoff", "min_p", "top_p"),
+    partial(_share, is_open=True): ("typical_p",),
+    _factor: ("encoder_repetition_penalty", "repetition_penalty"),
+    _temperature: ("temperature",),
+    _token: ("decoder_start_token_id", "forced_bos_token_id", "pad_token_id"),
+    _tokens: ("eos_token_id", "forced_eos_token_id"),
+    _suppressed: ("begin_suppress_tokens", "suppress_tokens"),
+    _texts: ("stop_strings",),
+}  # fmt: skip
+_CHECKS = {name: check for check, names in _NAMES.items() for name in names}

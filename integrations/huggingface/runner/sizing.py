@@ -15,7 +15,8 @@ from kvpager.blocks.groups.windows import blocks_for
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
-from kvpager.integrations.huggingface.runner.model_runner import ModelRunner, trial_plan
+from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
+from kvpager.integrations.huggingface.runner.warm_up import step_of_rows
 from kvpager.plans import Plan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request, blocks_needed
@@ -103,15 +104,7 @@ def measured_costs(runner: ModelRunner) -> PreemptionCosts:
     """
     storage, longest = runner.storage, runner.info.max_length or _TRIAL_TOKENS
     tokens = min(_TRIAL_TOKENS, longest, storage.num_blocks * storage.block_size)
-    table = np.arange(-(-tokens // storage.block_size), dtype=np.int32)
-    plan = trial_plan(
-        [[0] * tokens],
-        np.zeros(1, np.int32),
-        np.array([tokens]),
-        table[None],
-        storage,
-        len(runner.info.windows),
-    )
+    plan = step_of_rows(runner, [(0, tokens)])
     num_blocks = min(8, storage.num_blocks, storage.num_host_blocks)
     pairs = np.stack([np.arange(num_blocks, dtype=np.int32)] * 2, axis=1)
     compute, move = [], []

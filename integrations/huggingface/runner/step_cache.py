@@ -136,11 +136,7 @@ class LayerInfo(NamedTuple):
 class StepCache(DynamicCache):
     """A cache over a storage of blocks that shows the rows of the current step.
 
-    Args:
-        storage: blocks with room for the layers of one group.
-        layers: the layers that are kept in blocks.
-        others: transformers' own layers by index, for layers that cannot be kept in blocks.
-        budget: the format of the blocks; its counters count reads.
+    `layers` are kept in blocks. `others` are transformers' own layers by index, for the rest.
     """
 
     def __init__(

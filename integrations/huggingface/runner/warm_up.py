@@ -37,19 +37,19 @@ def warm_up_steps(
     few = min(_ROWS, max_num_seqs, max_batch_tokens)
     prompt = min(max_batch_tokens - few + 1, room)
     yield from _copies(runner)
-    yield _step(runner, [(0, prompt)])
+    yield step_of_rows(runner, [(0, prompt)])
     if not begins_in_cache:
         return
-    yield _step(runner, [(room - 1, 1)])  # one long row, split
-    yield _step(runner, [(min(_SHORT, room) - 1, 1)] * few)  # short rows
-    yield _step(runner, [(room - 1, 1)] * few)  # long rows with a prefix in common
+    yield step_of_rows(runner, [(room - 1, 1)])  # one long row, split
+    yield step_of_rows(runner, [(min(_SHORT, room) - 1, 1)] * few)  # short rows
+    yield step_of_rows(runner, [(room - 1, 1)] * few)  # long rows with a prefix in common
     if few > 1:
         rows = [(room - 1, 1)] * (few - 1)
-        yield _step(runner, [*rows, (0, prompt)])
-        yield _step(runner, [*rows, (room - min(prompt, 2), min(prompt, 2))])
+        yield step_of_rows(runner, [*rows, (0, prompt)])
+        yield step_of_rows(runner, [*rows, (room - min(prompt, 2), min(prompt, 2))])
 
 
-def _step(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
+def step_of_rows(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
     """Return a step of rows (cached tokens, new tokens) that all share the same blocks."""
     storage = runner.storage
     starts, counts = (np.array(each, np.int32) for each in zip(*rows, strict=True))
@@ -69,7 +69,7 @@ def _step(runner: ModelRunner, rows: list[tuple[int, int]]) -> StepPlan:
 
 def _copies(runner: ModelRunner) -> Iterator[StepPlan]:
     """Yield steps that copy blocks, one for each number of pairs with a kernel of its own."""
-    plan = _step(runner, [(0, 1)])
+    plan = step_of_rows(runner, [(0, 1)])
     for count in (1, 2, 9, 65, 257):
         if 2 * count <= runner.storage.num_blocks:
             blocks = np.arange(2 * count, dtype=np.int32).reshape(2, count).T
