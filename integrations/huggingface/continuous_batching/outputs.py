@@ -207,9 +207,10 @@ class Job:
             began = now - (time.monotonic() - began)
         row.status, row.error = status, error
         row.lifespan = now if began is None else began, now if row.is_finished() else -1
-        lists = {
-            "generated_tokens": row.generated_tokens[:],
-            "logprobs": row.logprobs[:],
-            "timestamps": None if row.timestamps is None else row.timestamps[:],
-        }
-        self._router.deliver(dataclasses.replace(row, **lists))
+        output = dataclasses.replace(
+            row,
+            generated_tokens=row.generated_tokens[:],
+            logprobs=row.logprobs[:],
+            timestamps=None if row.timestamps is None else row.timestamps[:],
+        )
+        self._router.deliver(output)
