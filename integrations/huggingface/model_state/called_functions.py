@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
@@ -27,7 +28,18 @@ from kvpager.integrations.huggingface.model_state.contents import (
 _CALLED_BY = ("transformers", "kvpager")
 _CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 
+_GLOBAL_HOOKS = [
+    hooks
+    for name, hooks in vars(torch_module).items()
+    if name.startswith("_global_") and isinstance(hooks, dict)
+]
+
 Place = tuple[Mapping[str, Any], str]
+
+
+def global_hooks() -> list[Any]:
+    """Return the hooks that torch calls for all modules. O(hooks)."""
+    return [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
 
 
 class CalledFunctions:
@@ -50,10 +62,8 @@ class CalledFunctions:
                 held = vars(base)
                 for name in [name for name in held if name == "__call__" or name[:2] != "__"]:
                     self._place(held, name)
-        found = list(self._places.values())
-        self._mappings = [place[0] for place, _ in found]
-        self._names = [place[1] for place, _ in found]
-        self._objects = [value for _, value in found]
+        places, self._objects = zip(*self._places.values(), strict=True)
+        self._mappings, self._names = zip(*places, strict=True)
 
     def same(self) -> bool:
         """Return True if every name still refers to the same function. O(functions)."""

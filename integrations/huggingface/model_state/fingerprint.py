@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -30,6 +29,7 @@ from transformers import PreTrainedConfig
 from kvpager._atomic import Uninterrupted, new_lock
 from kvpager.integrations.huggingface.model_state.called_functions import (
     CalledFunctions,
+    global_hooks,
     reads_training,
 )
 from kvpager.integrations.huggingface.model_state.contents import Contents, is_library, is_plain
@@ -50,12 +50,6 @@ _TORCH_OWN = vars(nn.Module()).keys() - {"training"}
 _MODULE_DICTS = operator.itemgetter(
     "_modules", "_forward_pre_hooks", "_forward_hooks", "_parameters", "_buffers"
 )
-_GLOBAL_HOOKS = [
-    hooks
-    for name, hooks in vars(torch_module).items()
-    if name.startswith("_global_") and isinstance(hooks, dict)
-]
-
 _WATCHED: tuple[type, ...] = (Tensor, np.ndarray, nn.Module, PreTrainedConfig, torch.ScriptObject)
 _WATCHED += (dict, list, tuple, set)
 
@@ -127,8 +121,7 @@ class _Snapshot:
         self._whole = _PartSnapshot(owners, members)
         many = next((n for n in _PARTS if n * _PART_SIZE_MIN <= len(owners)), 1) * has_parts
         self._parts = [_PartSnapshot(owners[number::many], members) for number in range(many)]
-        hooks = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values()]
-        modes = _modes()
+        hooks, modes = global_hooks(), _modes()
         self._hooks, self._modes = list(map(_ref, hooks)), list(map(_ref, modes))
         roots = [_ref(each) for each in [*hooks, *modes] if not _is_fixed(each, members)]
         roots += self._whole.roots
@@ -166,10 +159,9 @@ class _Snapshot:
 
     def _same_surroundings(self) -> bool:
         """Return True if torch's settings, hooks, modes and the model's functions are unchanged."""
-        hooks = chain.from_iterable(hooks.values() for hooks in _GLOBAL_HOOKS)
         return (
             self._settings == _numerics()
-            and same_objects(hooks, self._hooks)
+            and same_objects(global_hooks(), self._hooks)
             and same_objects(_modes(), self._modes)
             and self._functions.same()
         )

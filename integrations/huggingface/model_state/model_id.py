@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.model_state.called_functions import CalledFunctions
+from kvpager.integrations.huggingface.model_state.called_functions import (
+    CalledFunctions,
+    global_hooks,
+)
 from kvpager.integrations.huggingface.model_state.contents import is_library, module_of
 
 _PIECE_BYTES = 64 << 20
@@ -80,13 +82,7 @@ def _refuse_foreign(model: nn.Module) -> None:
     """Refuse functions that do not belong to a known library."""
     kinds = {type(module) for module in model.modules()}
     names = {str(getattr(model.config, "_attn_implementation", None))}
-    hooks = [
-        hook
-        for name, held in vars(torch_module).items()
-        if name.startswith("_global_") and isinstance(held, dict)
-        for hook in held.values()
-    ]
-    for function in [*CalledFunctions(kinds, names).foreign, *hooks]:
+    for function in [*CalledFunctions(kinds, names).foreign, *global_hooks()]:
         if not is_library(module_of(function)):
             raise _NoName(f"it calls {_name(function)}")
 
