@@ -16,9 +16,9 @@ from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64
 
 
 class Allocation:
-    """Begins, forks and ends rows of the sequence table. The caller holds the lock.
+    """Looks prompts up; begins, forks and ends sequences. The caller holds the lock.
 
-    Writes all columns of a row that begins or ends, and the totals of prefix look-ups.
+    Writes all columns of rows that begin or end, and the totals of prefix look-ups.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -29,22 +29,26 @@ class Allocation:
         state, match = self._state, _NO_MATCH
         if ids is not None:
             match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.mm_hashes)
-        owners = state.owners([who], [-(-length // state.block_size) - len(match.blocks)])
+        num_fresh = -(-length // state.block_size) - len(match.blocks)
+        owners = state.owners([who], [num_fresh])
         state.refuse_over_quota(owners)
         if reserve:
-            self._refuse_without_reserve(length, match.blocks, reserve)
+            self._refuse_without_reserve(num_fresh, match.blocks, reserve)
         handle = self._new_row(who, length, ids, match, owners)
         if ids is not None:
             row, shared = handle._row, match.blocks
             if len(shared):
                 state.rows.nodes[row], state.rows.published[row] = match.node, len(shared)
                 state.evictor.policy.touch(shared)
-            totals = state.totals
-            totals["queries"] += 1
-            totals["hits"] += handle.num_cached_tokens > 0
-            totals["queried"] += length
-            totals["hit"] += handle.num_cached_tokens
+            self._count(length, handle.num_cached_tokens)
         return handle
+
+    def _count(self, length: int, num_cached: int) -> None:
+        totals = self._state.totals
+        totals["queries"] += 1
+        totals["hits"] += num_cached > 0
+        totals["queried"] += length
+        totals["hit"] += num_cached
 
     def _new_row(
         self, who: Prompt, length: int, ids: Int32 | None, match: Match, owners: Int64 | None
@@ -68,7 +72,8 @@ class Allocation:
         )
         if len(shared):
             state.share(shared)
-        rows.add(who, shared, fresh, length, num_cached, 0 if ids is None else length)
+        rows.free_rows.pop()
+        rows.add(row, who, shared, fresh, length, num_cached, 0 if ids is None else length)
         if len(copies):
             copies[0, 1] = fresh[0]
             if copies[0, 0] == fresh[0]:
@@ -78,37 +83,46 @@ class Allocation:
             state.write_ids(fresh, ids[len(shared) * size :])
         return handle
 
-    def _refuse_without_reserve(self, length: int, shared: Int32, reserve: int) -> None:
+    def _refuse_without_reserve(self, num_fresh: int, shared: Int32, reserve: int) -> None:
         """Raise `OutOfBlocks` if the prompt would leave fewer than `reserve` available blocks."""
         pool = self._state.pool
         idle = int(np.count_nonzero((pool.refs[shared] == 0) & (pool.holds[shared] == 0)))
-        need = -(-length // self._state.block_size) - len(shared) + idle + reserve
+        need = num_fresh + idle + reserve
         if need > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
+    def find(self, who: Prompt, ids: Int32) -> tuple[int, Int32]:
+        """Return the number of cached tokens that `ids` begin with, and their blocks. O(tokens)."""
+        state = self._state
+        _, blocks, partial_block, num_partial = state.index.match(who.tree, ids, who.mm_hashes)
+        num_tokens = len(blocks) * state.block_size + num_partial
+        return num_tokens, np.append(blocks, np.int32(partial_block)) if num_partial else blocks
+
     def fork(self, parent: int, times: int) -> list[SequenceHandle]:
-        """Begin `times` rows that share every block of `parent`. O(blocks) each."""
+        """Begin `times` sequences that share every block of `parent`. O(blocks) each."""
         state, rows = self._state, self._state.rows
-        state.reserve(rows.num_blocks(parent), times)
+        state.reserve(-(-rows.length(parent) // state.block_size), times)
         num_cached = int(rows.committed[parent])
         next_rows = rows.free_rows[: -times - 1 : -1]
         children = [
             SequenceHandle(state, row, int(rows.generations[row]), num_cached) for row in next_rows
         ]
         state.change.begin()
-        state.share(rows.device_blocks(parent), times)
+        for row in rows.rows_of(parent):
+            state.share(rows.device_blocks(row), times)
         for _ in children:
             rows.fork(parent)
         return children
 
-    def end(self, rows: list[int]) -> None:
-        """Release the blocks of these rows and end their handles. O(blocks)."""
+    def end(self, sequences: list[int]) -> None:
+        """Release the blocks of these sequences and end their handles. O(blocks)."""
         state, table = self._state, self._state.rows
-        for row in rows:
-            state.release(table.device_blocks(row))
-            if table.swapped[row]:
-                state.release_host(table.host_blocks(row))
-            table.drop(row)
+        for first in sequences:
+            for row in table.rows_of(first):
+                state.release(table.device_blocks(row))
+                if table.swapped[row]:
+                    state.release_host(table.host_blocks(row))
+            table.drop(first)
 
 
 def identity(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvpager.blocks.state import BlockState
+from kvpager.blocks.windows import first_needed
 from kvpager.errors import BrokenInvariant
 
 
@@ -33,10 +34,35 @@ def check(state: BlockState) -> None:
     state.fences.check()
     state.index.check()
     for row in rows.live_rows():
-        if not rows.keyed[row]:
+        if not rows.is_keyed(row):
             _check_published(state, row)
+    if state.axes:
+        _check_groups(state)
     state.accounts.check(device, state.owned())
     state.evictor.check_queues(state.accounts.is_known_open)
+
+
+def _check_groups(state: BlockState) -> None:
+    """Raise `BrokenInvariant` unless the rows of each sequence agree. O(rows)."""
+    table, size = state.rows, state.block_size
+    for first in table.live_rows()[:: table.num_groups]:
+        rows = np.array(table.rows_of(first))
+        length, room, waiting = table.length(first), table.lengths[rows], table.waiting[rows]
+        if np.any(room + waiting != length) or np.any(waiting < 0):
+            raise BrokenInvariant(f"sequence {first}: slots for {room} tokens, {length} tokens")
+        if np.any((waiting > 0) & (room % size > 0)):
+            raise BrokenInvariant(f"sequence {first}: its slots {room} end within a block")
+        if bool(waiting.any()) != (first in table.waiting_ids):
+            raise BrokenInvariant(f"sequence {first}: {waiting} tokens wait, others than its ids")
+        if len(table.digests.get(first, ())) * size > length:
+            raise BrokenInvariant(f"sequence {first}: a digest stands for no tokens")
+        if len(np.unique(table.swapped[rows])) > 1:
+            raise BrokenInvariant(f"sequence {first}: swapped in some groups only")
+        for group, (row, window) in enumerate(zip(rows.tolist(), state.windows, strict=True)):
+            if table.prompt(row).group != group:
+                raise BrokenInvariant(f"sequence {first}: row {row} is of another group")
+            if table.first_blocks[row] > first_needed(int(table.committed[row]), window, size):
+                raise BrokenInvariant(f"sequence {first}: a block within its window is gone")
 
 
 def _check_published(state: BlockState, row: int) -> None:

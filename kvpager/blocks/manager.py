@@ -76,22 +76,37 @@ class BlockManager:
         fences: bool = False,
         num_events: int = 0,
     ) -> None:
-        self._state = state = BlockState(
+        state = BlockState(
             num_blocks, block_size, num_host_blocks, eviction, null_block, fences, num_events
         )
-        self.windows: tuple[int | None, ...] = (None,)
+        self.pins = Pins(state)
+        self.events = Events(state)
+        self.cached = CachedBlocks(state)
+        truncation = Truncation(state)
+        self._assemble(
+            state, truncation, Allocation(state), Extension(state, truncation), Publication(state)
+        )
+
+    def _assemble(
+        self,
+        state: BlockState,
+        truncation: Truncation,
+        allocation: Allocation,
+        extension: Extension,
+        publication: Publication,
+        max_chunk: int | None = None,
+    ) -> None:
+        self._state = state
+        self.windows: tuple[int | None, ...] = state.windows
         self.block_size: int = state.block_size
         self.num_host_blocks: int = state.host.num_blocks
         self.quotas = Quotas(state)
-        self.pins = Pins(state)
         self.copies = Copies(state)
-        self.events = Events(state)
-        self.cached = CachedBlocks(state)
-        self.queries = Queries(state)
-        self._allocation = Allocation(state)
-        self._truncation = Truncation(state)
-        self._extension = Extension(state, self._truncation)
-        self._publication = Publication(state)
+        self.queries = Queries(state, allocation, max_chunk)
+        self._truncation = truncation
+        self._allocation = allocation
+        self._extension = extension
+        self._publication = publication
         self._swap = Swap(state)
         self._resize = Resize(state)
 
@@ -99,7 +114,7 @@ class BlockManager:
         with self._state.lock:
             pool = self._state.pool
             return (
-                f"<BlockManager: {pool.num_held} held, {pool.num_free} free of "
+                f"<{type(self).__name__}: {pool.num_held} held, {pool.num_free} free of "
                 f"{counted(pool.num_blocks, 'block')} of {self.block_size}>"
             )
 
@@ -333,7 +348,7 @@ class BlockManager:
         named = listed(sequences)
         state = self._state
         with state.lock, state.change:
-            rows = state.resolve(named).tolist()
+            rows = state.resolve(named)
             swap = self._swap
             return swap.out(rows, at_most) if to == "host" else swap.back(rows, at_most, reserve)
 

@@ -9,10 +9,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvpager import _validate as arguments
 from kvpager._validate import COUNT_MAX
-from kvpager.blocks.allocation import identity
+from kvpager.blocks.allocation import Allocation, identity
 from kvpager.blocks.sequences import Batch, PrefixMatch, SequenceHandle, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import BlockStatus, Stats
+from kvpager.blocks.windows import blocks_for
 from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32, Int64
 
@@ -20,8 +21,8 @@ from kvpager.plans import Int32, Int64
 class Queries:
     """The read-only methods of a `BlockManager`, which documents most of them."""
 
-    def __init__(self, state: BlockState) -> None:
-        self._state = state
+    def __init__(self, state: BlockState, allocation: Allocation, max_chunk: int | None) -> None:
+        self._state, self._allocation, self._max_chunk = state, allocation, max_chunk
 
     # ---------------------------------------------------------------- sequences
 
@@ -33,8 +34,12 @@ class Queries:
             return Batch(state, rows, state.rows.generations[rows], -1)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks a sequence of `num_tokens` holds. O(1)."""
-        return -(-num_tokens // self._state.block_size)
+        """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups).
+
+        A group with a window holds at most the window and a chunk.
+        """
+        state = self._state
+        return blocks_for(num_tokens, state.block_size, state.windows, self._max_chunk)
 
     def owns(self, sequence: SequenceHandle) -> bool:
         """Return True if the handle is of this manager and not freed. O(1)."""
@@ -50,17 +55,15 @@ class Queries:
         """See `BlockManager.lengths`. O(n)."""
         named, state = listed(sequences), self._state
         with state.lock:
-            return state.rows.lengths[state.resolve(named)]
+            return state.rows.lengths_of(state.resolve(named))
 
     def block_tables(self, sequences: Target, padding: int) -> Int32:
         """See `BlockManager.block_tables`. O(n * most blocks)."""
         named, state = listed(sequences), self._state
         padding = arguments.count("padding", padding, at_least=-COUNT_MAX)
         with state.lock:
-            rows, table = state.resolve(named), state.rows
-            width = -(-int(table.lengths[rows].max(initial=0)) // state.block_size)
-            tables = table.tables.table(rows, width)
-            if padding != -1 or table.swapped.any():
+            tables, _ = self._tables(state.resolve(named))
+            if padding != -1 or state.rows.swapped.any():
                 tables[tables < 0] = padding
             return tables
 
@@ -68,23 +71,41 @@ class Queries:
         """See `BlockManager.tables_and_lengths`. O(n * most blocks)."""
         named, state = listed(sequences), self._state
         with state.lock:
-            rows, table = state.resident(named), state.rows
-            width = -(-int(table.lengths[rows].max(initial=0)) // state.block_size)
-            return table.tables.table(rows, width), table.lengths[rows]
+            return self._tables(state.resident(named))
+
+    def _tables(self, rows: Int64) -> tuple[Int32, Int64]:
+        state, table = self._state, self._state.rows
+        lengths = table.lengths_of(rows)
+        width = -(-int(lengths.max(initial=0)) // state.block_size)
+        tables = table.tables.table(table.members(rows), width)
+        return tables.reshape(*state.axes, len(rows), width), lengths
 
     def slots(self, sequence: SequenceHandle, start: int, stop: int | None) -> Int64:
         """See `BlockManager.slots`. O(tokens)."""
         start = arguments.count("start", start)
         state = self._state
         with state.lock:
-            row, table = state.resident_row(sequence), state.rows
-            length = int(table.lengths[row])
+            first = state.resident_row(sequence)
+            length = min(state.rows.lengths.item(row) for row in state.rows.rows_of(first))
             end = length if stop is None else arguments.count("stop", stop)
-            arguments.within("stop", end, table.lengths[[row]])
-            first = int(table.first_blocks[row]) * state.block_size
-            if not first <= start <= end:
-                raise ValueError(f"start={start}: expected {first} <= start <= stop = {end}")
-            return table.slots(np.array([row]), np.array([start]), np.array([end - start]))
+            arguments.within_one("stop", end, length)
+            self.refuse_behind(first, start, end)
+            return self.slots_of(first, start, end)
+
+    def refuse_behind(self, first: int, start: int, stop: int) -> None:
+        """Raise `ValueError` unless all groups have the blocks from `start` on. O(groups)."""
+        table = self._state.rows
+        dropped = max(table.first_blocks.item(row) for row in table.rows_of(first))
+        least = dropped * self._state.block_size
+        if not least <= start <= stop:
+            raise ValueError(f"start={start}: expected {least} <= start <= stop = {stop}")
+
+    def slots_of(self, first: int, start: int, stop: int) -> Int64:
+        """Return the slots of tokens that have blocks. O(tokens * groups)."""
+        table = self._state.rows
+        rows = np.array(table.rows_of(first))
+        slots = table.slots(rows, np.full_like(rows, start), np.full_like(rows, stop - start))
+        return slots.reshape(*self._state.axes, stop - start)
 
     def victims(self, sequences: Target, need: int) -> list[SequenceHandle]:
         """See `BlockManager.victims`. O(blocks of those chosen)."""
@@ -94,10 +115,11 @@ class Queries:
             pool, rows, found = state.pool, state.resolve(named).tolist(), 0
             seen, chosen = np.zeros(pool.num_blocks, np.int32), 0
             while found < need and chosen < len(rows):
-                blocks = state.rows.device_blocks(rows[chosen])
-                seen[blocks] += 1
-                is_last = (seen[blocks] == pool.refs[blocks]) & (pool.holds[blocks] == 0)
-                found += int(np.count_nonzero(is_last))
+                for row in state.rows.rows_of(rows[chosen]):
+                    blocks = state.rows.device_blocks(row)
+                    seen[blocks] += 1
+                    is_last = (seen[blocks] == pool.refs[blocks]) & (pool.holds[blocks] == 0)
+                    found += int(np.count_nonzero(is_last))
                 chosen += 1
             if found < need:
                 advice = "the sequences would free fewer blocks; pass more sequences"
@@ -117,15 +139,9 @@ class Queries:
         ids = arguments.token_ids(prompt)
         who = identity(namespace, lora, mm_hashes, len(ids))
         arguments.flag("blocks", blocks)
-        state = self._state
-        with state.lock:
-            match = state.index.match(who.tree, ids, who.mm_hashes)
-            num_tokens = len(match.blocks) * state.block_size + match.num_partial
-            if not blocks:
-                return num_tokens
-            partial = [match.partial_block] if match.num_partial else []
-            found = np.concatenate([match.blocks, np.array(partial, np.int32)])
-        return PrefixMatch.of(num_tokens, found)
+        with self._state.lock:
+            num_tokens, found = self._allocation.find(who, ids)
+            return PrefixMatch.of(num_tokens, found.copy()) if blocks else num_tokens
 
     # ---------------------------------------------------------------- the pool
 
@@ -163,7 +179,7 @@ class Queries:
                 num_host_blocks=state.host.num_blocks,
                 num_host_free=state.host.num_free,
                 num_sequences=len(rows),
-                num_swapped=int(np.count_nonzero(rows.swapped)),
+                num_swapped=int(np.count_nonzero(rows.swapped)) // rows.num_groups,
                 num_tokens=int(rows.fill(pool.num_blocks, rows.lengths).sum()),
                 total_copied=totals["copied"],
                 total_evicted=totals["evicted"],

@@ -155,7 +155,10 @@ class Prompt(NamedTuple):
 
 
 class SequenceTable:
-    """The arrays. Rows are reused; generations are never."""
+    """The arrays. Rows are reused; generations are never.
+
+    A sequence has a row for each group of layers, one after the other. Its first row names it.
+    """
 
     COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
         "lengths": np.int64,
@@ -167,7 +170,7 @@ class SequenceTable:
         "generations": np.int64,
         "swapped": np.bool_,
         "duplicates": np.bool_,  # the index may have a duplicate in place of a block of this row
-        "keyed": np.bool_,  # each block is published separately: see `groups/prefix.py`
+        "waiting": np.int64,  # tokens behind `lengths` without slots, see `groups/extension.py`
     }
 
     lengths: Int64
@@ -179,38 +182,57 @@ class SequenceTable:
     generations: Int64
     swapped: NDArray[np.bool_]
     duplicates: NDArray[np.bool_]
-    keyed: NDArray[np.bool_]
+    waiting: Int64
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, windows: tuple[int | None, ...] = (None,)) -> None:
         self.block_size = block_size
+        self.windows = windows  # of the groups, None for full attention
+        self.num_groups = len(windows)
         self.tables = Ragged(NO_BLOCK)
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, np.zeros(0, dtype))
         self.list_columns()
         self.prompts: list[Prompt | None] = []
         self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
-        self.free_rows: list[int] = []
+        self.waiting_ids: dict[int, Int32] = {}  # known ids of sequences with waiting tokens
+        self.digests: dict[int, list[bytes]] = {}  # of full blocks, see `groups/prefix.py`
+        self.free_rows: list[int] = []  # first rows
         self.epoch = 0  # changes whenever a handle goes stale or a sequence is swapped
         self.num_speculating = 0  # rows with speculative tokens
 
     def __len__(self) -> int:
-        return len(self.prompts) - len(self.free_rows)
+        return len(self.prompts) // self.num_groups - len(self.free_rows)
 
-    # ---------------------------------------------------------------- begin and end rows
+    def rows_of(self, first: int) -> range:
+        """Return all rows of a sequence. O(1)."""
+        return range(first, first + self.num_groups)
 
-    def reserve(self, num_columns: int, num_rows: int = 1) -> None:
-        """Make room for `num_rows` more rows of `num_columns` blocks. Amortised O(blocks)."""
-        missing = num_rows - len(self.free_rows)
+    def is_keyed(self, row: int) -> bool:
+        """Return True if each block is published separately, see `groups/prefix.py`. O(1)."""
+        return self.windows[row % self.num_groups] is not None
+
+    def members(self, rows: Int64) -> Int64:
+        """Return all rows of these sequences, group by group. O(n * groups)."""
+        if self.num_groups == 1:
+            return rows
+        members: Int64 = (rows + np.arange(self.num_groups)[:, None]).ravel()
+        return members
+
+    # ---------------------------------------------------------------- begin and end sequences
+
+    def reserve(self, num_columns: int, count: int = 1) -> None:
+        """Make room for `count` sequences of `num_columns` blocks a row. Amortised O(blocks)."""
+        missing = count - len(self.free_rows)
         if missing > 0:
-            self._add_rows(max(missing, 8, len(self.prompts)))
-        if num_rows == 1:
+            self._add_rows(max(missing, 8, len(self.prompts) // self.num_groups))
+        if count == self.num_groups == 1:
             self.tables.reserve_row(self.free_rows[-1], num_columns)
         else:
-            rows = np.array(self.free_rows[-num_rows:], np.int64)
-            self.tables.reserve(rows, np.full(num_rows, num_columns))
+            rows = self.members(np.array(self.free_rows[-count:], np.int64))
+            self.tables.reserve(rows, np.full(len(rows), num_columns))
 
     def _add_rows(self, more: int) -> None:
-        rows = len(self.prompts)
+        rows, more = len(self.prompts), more * self.num_groups
         columns = {
             name: np.concatenate([getattr(self, name), np.zeros(more, dtype)])
             for name, dtype in self.COLUMNS.items()
@@ -220,7 +242,7 @@ class SequenceTable:
         self.list_columns()
         self.prompts.extend([None] * more)
         self.nodes.extend([None] * more)
-        self.free_rows.extend(range(rows + more - 1, rows - 1, -1))
+        self.free_rows.extend(reversed(range(rows, rows + more, self.num_groups)))
 
     def list_columns(self) -> None:
         """List the arrays in which a row begins with zeros, after they were replaced. O(1)."""
@@ -229,10 +251,16 @@ class SequenceTable:
         self._columns: list[memoryview[Any]] = [getattr(self, name).data for name in names]
 
     def add(
-        self, prompt: Prompt, shared: Int32, fresh: Int32, length: int, committed: int, known: int
+        self,
+        row: int,
+        prompt: Prompt,
+        shared: Int32,
+        fresh: Int32,
+        length: int,
+        committed: int,
+        known: int,
     ) -> None:
-        """Begin the next free row, one reserved, with these blocks. O(blocks)."""
-        row = self.free_rows.pop()
+        """Begin a reserved row with these blocks. O(blocks)."""
         self.prompts[row] = prompt
         self.tables.trim(row, len(shared) + len(fresh))  # a refused call may have reserved more
         table = self.tables.row(row)
@@ -242,26 +270,34 @@ class SequenceTable:
         self.committed[row] = committed
         self.known[row] = known
 
-    def fork(self, parent: int) -> int:
-        """Begin a copy of row `parent` in a reserved row; return it. O(blocks)."""
-        row = self.free_rows.pop()
-        self.prompts[row], self.nodes[row] = self.prompts[parent], self.nodes[parent]
-        num_blocks = self.num_blocks(parent)
-        self.tables.row(row)[:num_blocks] = self.tables.row(parent)[:num_blocks]
-        for column in self._columns:
-            column[row] = column[parent]
-        self.num_speculating += bool(self.speculative[row])
-        return row
+    def fork(self, parent: int) -> None:
+        """Begin a copy of sequence `parent` in reserved rows. O(blocks)."""
+        first = self.free_rows.pop()
+        for group in range(self.num_groups):
+            row, source = first + group, parent + group
+            self.prompts[row], self.nodes[row] = self.prompts[source], self.nodes[source]
+            num_blocks = self.num_blocks(source)
+            self.tables.row(row)[:num_blocks] = self.tables.row(source)[:num_blocks]
+            for column in self._columns:
+                column[row] = column[source]
+            self.num_speculating += bool(self.speculative[row])
+        if parent in self.waiting_ids:
+            self.waiting_ids[first] = self.waiting_ids[parent]
+        if parent in self.digests:
+            self.digests[first] = self.digests[parent].copy()
 
-    def drop(self, row: int) -> None:
-        """End a row and make its handles stale. O(row's blocks)."""
-        self.num_speculating -= bool(self.speculative[row])
-        self.tables.release(row)
-        for column in self._columns:
-            column[row] = 0
-        self.generations[row] += 1
-        self.prompts[row] = self.nodes[row] = None
-        self.free_rows.append(row)
+    def drop(self, first: int) -> None:
+        """End a sequence and make its handles stale. O(its blocks)."""
+        for row in self.rows_of(first):
+            self.num_speculating -= bool(self.speculative[row])
+            self.tables.release(row)
+            for column in self._columns:
+                column[row] = 0
+            self.prompts[row] = self.nodes[row] = None
+        self.waiting_ids.pop(first, None)
+        self.digests.pop(first, None)
+        self.generations[first] += 1
+        self.free_rows.append(first)
         self.epoch += 1
 
     def replace(self, rows: Int64, old: Int32, new: Int32) -> None:
@@ -282,6 +318,15 @@ class SequenceTable:
         self.num_speculating += int(np.count_nonzero(self.speculative[rows]) - before)
 
     # ---------------------------------------------------------------- reading
+
+    def length(self, row: int) -> int:
+        """Return the tokens in a sequence, those without slots included. O(1)."""
+        return int(self.lengths[row]) + int(self.waiting[row])
+
+    def lengths_of(self, sequences: Int64) -> Int64:
+        """Return the tokens in each sequence, those without slots included. O(n)."""
+        lengths = self.lengths[sequences]
+        return lengths + self.waiting[sequences] if self.waiting_ids else lengths
 
     def num_blocks(self, row: int) -> int:
         """Return the length of the row's table, dropped blocks included. O(1)."""
@@ -343,7 +388,7 @@ class SequenceTable:
         """Raise `BrokenInvariant` unless each row is consistent. O(blocks)."""
         live = self.live_rows()
         idle = np.setdiff1d(np.arange(len(self.prompts)), live)
-        if sorted(self.free_rows) != idle.tolist():
+        if sorted(self.members(np.array(self.free_rows, np.int64))) != idle.tolist():
             raise BrokenInvariant("sequences: the free rows differ from the rows without a prompt")
         self.tables.check("sequences", -(-self.lengths // self.block_size))
         for row in live:
@@ -365,7 +410,7 @@ class SequenceTable:
     def _check_row(self, row: int) -> None:
         length, known = int(self.lengths[row]), int(self.known[row])
         settled, committed = length - int(self.speculative[row]), int(self.committed[row])
-        lacks_front = bool(self.first_blocks[row]) and not self.keyed[row]
+        lacks_front = bool(self.first_blocks[row]) and not self.is_keyed(row)
         if self.first_blocks[row] > self.num_blocks(row) or (lacks_front and known):
             raise BrokenInvariant(f"sequence {row}: token ids are known, but the front was dropped")
         if not 0 <= settled <= length:

@@ -47,9 +47,10 @@ class BlockState:
         block_size: int,
         num_host_blocks: int,
         eviction: str | EvictionPolicy,
-        null_block: bool,
-        fences: bool,
-        num_events: int,
+        null_block: bool = False,
+        fences: bool = False,
+        num_events: int = 0,
+        windows: tuple[int | None, ...] | None = None,
     ) -> None:
         arguments.flag("null_block", null_block)
         arguments.flag("fences", fences)
@@ -71,7 +72,9 @@ class BlockState:
         self.forest = Forest(self.pool)
         self.evictor = Evictor(self.forest, policy, self.log)
         self.index = PrefixIndex(self.forest, self.evictor, self.log)
-        self.rows = SequenceTable(self.block_size)
+        self.windows = windows or (None,)
+        self.axes = () if windows is None else (len(windows),)  # before those of tables and slots
+        self.rows = SequenceTable(self.block_size, self.windows)
         self.fences = Fences(self.pool, self.host, is_on=fences)
         self.accounts = Accounts(num_blocks)
         self._lock: AbstractContextManager[Any] = new_lock()
@@ -88,7 +91,7 @@ class BlockState:
     def length(self, sequence: SequenceHandle, /) -> int:
         """Return the tokens in the sequence. O(1). Raises `StaleSequence`."""
         with self._lock:
-            return int(self.rows.lengths[self.row(sequence)])
+            return self.rows.length(self.row(sequence))
 
     def handle(self, row: int) -> SequenceHandle:
         """Return a handle for a live row. O(1)."""

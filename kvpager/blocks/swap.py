@@ -27,15 +27,18 @@ class Swap:
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
-    def out(self, rows: list[int], at_most: int | None) -> Plan:
-        """Move the blocks that only `rows` and swapped sequences hold to the host. O(blocks).
+    def out(self, sequences: Int64, at_most: int | None) -> Plan:
+        """Move the blocks that only these and swapped sequences hold to the host. O(blocks).
 
-        Raises: `OutOfBlocks` of the host, `SequenceSwapped` for a row wholly on the host.
+        Raises: `OutOfBlocks` of the host, `SequenceSwapped` for a sequence wholly on the host.
         """
         state, table, host = self._state, self._state.rows, self._state.host
-        for row in rows:
-            if len(table.host_blocks(row)) and not len(table.device_blocks(row)):
-                raise SequenceSwapped(f"{state.handle(row).name} is wholly on the host already")
+        for first in sequences[table.swapped[sequences]].tolist():
+            members = table.rows_of(first)
+            is_away = any(len(table.host_blocks(row)) for row in members)
+            if is_away and not any(len(table.device_blocks(row)) for row in members):
+                raise SequenceSwapped(f"{state.handle(first).name} is wholly on the host already")
+        rows = table.members(sequences)
         leaving = _leaving_device(table, state.pool, rows, at_most)
         need = len(leaving.blocks)
         if need > host.num_free:
@@ -57,13 +60,14 @@ class Swap:
         state.totals["out"] += need
         return plan
 
-    def back(self, rows: list[int], at_most: int | None, reserve: int) -> Plan:
-        """Move the host blocks of `rows` to the device. O(blocks).
+    def back(self, sequences: Int64, at_most: int | None, reserve: int) -> Plan:
+        """Move the host blocks of sequences to the device. O(blocks).
 
         Raises: `OutOfBlocks` if fewer than `reserve` blocks would stay available.
         """
         state, table = self._state, self._state.rows
-        rows = [row for row in rows if table.swapped[row]]
+        sequences = sequences[table.swapped[sequences]]
+        rows = table.members(sequences)
         leaving = _leaving_host(table, state.host, rows, at_most)
         need = len(leaving.blocks)
         owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
@@ -74,8 +78,10 @@ class Swap:
         copies[:, 0], copies[:, 1] = leaving.blocks, state.take(need, owners)
         state.hand_over(state.host, state.pool, copies, leaving.holders)
         table.replace(table.swapped.nonzero()[0], -2 - leaving.blocks, copies[:, 1])
-        for row in rows:
-            table.swapped[row] = bool((table.blocks(row) < -1).any())
+        for first in sequences.tolist():
+            members = table.rows_of(first)
+            is_away = any(len(table.host_blocks(row)) for row in members)
+            table.swapped[members.start : members.stop] = is_away
         state.moved(plan.copies, plan.ticket, "host", "device")
         state.release_host(leaving.blocks, leaving.holders)
         state.totals["in"] += need
@@ -90,13 +96,13 @@ class Leaving(NamedTuple):
 
 
 def _leaving_device(
-    table: SequenceTable, device: BlockPool, rows: list[int], at_most: int | None
+    table: SequenceTable, device: BlockPool, rows: Int64, at_most: int | None
 ) -> Leaving:
     """Return the device blocks that only `rows` and already swapped sequences hold.
 
     With `at_most`, return the last ones. O(blocks of `rows` and of all swapped sequences).
     """
-    entries, columns = _entries(table, np.array(rows, np.int64))
+    entries, columns = _entries(table, rows)
     others = np.setdiff1d(np.flatnonzero(table.swapped), rows)
     held, _ = _entries(table, others)
     mine = entries >= 0
@@ -114,13 +120,13 @@ def _leaving_device(
 
 
 def _leaving_host(
-    table: SequenceTable, host: BlockPool, rows: list[int], at_most: int | None
+    table: SequenceTable, host: BlockPool, rows: Int64, at_most: int | None
 ) -> Leaving:
     """Return the host blocks that `rows` hold; with `at_most`, the first ones.
 
     O(blocks).
     """
-    entries, columns = _entries(table, np.array(rows, np.int64))
+    entries, columns = _entries(table, rows)
     away = entries < NO_BLOCK
     blocks, first = np.unique(-2 - entries[away], return_index=True)
     order = np.argsort(columns[away][first], kind="stable")[:at_most]
@@ -128,10 +134,10 @@ def _leaving_host(
     return Leaving(blocks, host.refs[blocks])
 
 
-def _owners(table: SequenceTable, rows: list[int], leaving: Leaving, accounts: Accounts) -> Int64:
+def _owners(table: SequenceTable, rows: Int64, leaving: Leaving, accounts: Accounts) -> Int64:
     """Return the account of each host block for its return. O(blocks)."""
     number_of = {}
-    for row in rows:
+    for row in rows.tolist():
         owner = accounts.owner(table.prompt(row).namespace)
         number_of.update(dict.fromkeys(table.host_blocks(row).tolist(), owner))
     return np.array([number_of[block] for block in leaving.blocks.tolist()], np.int64)

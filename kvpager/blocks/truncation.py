@@ -7,7 +7,8 @@ import numpy as np
 from kvpager import _validate as arguments
 from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.state import BlockState
-from kvpager.plans import Int64
+from kvpager.blocks.windows import first_visible
+from kvpager.plans import NO_BLOCKS, Int64
 
 
 class Truncation:
@@ -20,20 +21,35 @@ class Truncation:
         self._state = state
 
     def truncate(self, row: int, length: int) -> None:
-        """Keep the first `length` tokens. O(blocks released).
+        """Keep the first `length` tokens of a sequence. O(blocks released).
 
-        Raises: `ValueError` if the row is shorter, or would end in a dropped block.
+        Raises: `ValueError` if the sequence is shorter, would end in a dropped block, or lacks a
+        block within the window before its end.
         """
         state, rows = self._state, self._state.rows
-        arguments.within("length", length, rows.lengths[[row]])
-        first = int(rows.first_blocks[row]) * state.block_size
-        if length < first:
-            raise ValueError(
-                f"length={length}: the blocks before token {first} were dropped. "
-                "Allocate a new sequence."
-            )
+        arguments.within_one("length", length, rows.length(row))
+        for member, window in zip(rows.rows_of(row), state.windows, strict=True):
+            first = int(rows.first_blocks[member]) * state.block_size
+            if first > (length if window is None else first_visible(length, window)):
+                raise ValueError(
+                    f"length={length}: the blocks before token {first} were dropped. "
+                    "Allocate a new sequence."
+                )
         state.change.begin()
-        self.shorten(row, length)
+        for member in rows.rows_of(row):
+            if length <= rows.lengths[member]:
+                self.shorten(member, length)
+        if state.axes:
+            self._forget_waiting(row, length)
+
+    def _forget_waiting(self, row: int, length: int) -> None:
+        rows = self._state.rows
+        members = slice(row, row + rows.num_groups)
+        rows.waiting[members] = length - rows.lengths[members]
+        del rows.digests[row][length // self._state.block_size :]
+        ids = rows.waiting_ids.pop(row, NO_BLOCKS)
+        if rows.waiting[members].any():
+            rows.waiting_ids[row] = ids[:length]
 
     def shorten(self, row: int, length: int) -> None:
         """Keep the first `length` tokens; the change has begun. O(blocks released)."""
@@ -58,6 +74,8 @@ class Truncation:
         Raises: `ValueError` for a start beyond the end, or beyond the first speculative token.
         """
         table = self._state.rows
+        if self._state.axes:
+            raise ValueError("drop_before: not over groups. Their `commit` frees blocks.")
         # `accept` may drop speculative tokens, and then the tokens before them are the last.
         arguments.within("start", starts, table.lengths[rows] - table.speculative[rows])
         self._state.change.begin()
@@ -76,10 +94,11 @@ class Truncation:
         blocks = tables.data[behind]
         tables.data[behind] = -1
         table.first_blocks[rows] = firsts
-        for row in rows[~table.keyed[rows]].tolist():
-            # A row without its front cannot publish, nor continue from its place.
-            table.known[row] = table.published[row] = 0
-            table.nodes[row] = None
+        for row in rows.tolist():
+            if not table.is_keyed(row):
+                # A row without its front cannot publish, nor continue from its place.
+                table.known[row] = table.published[row] = 0
+                table.nodes[row] = None
         if len(rows) == 1:
             state.release(blocks)
         else:  # forks may free the same blocks

@@ -18,15 +18,11 @@ from tests.support.manager_state import differences, state_of
 
 def state_of_groups(manager: GroupedManager) -> dict[str, Any]:
     """Return all that a manager over groups knows, but for room that is not used."""
-    table = manager._table
-    used = np.union1d(table.live(), table.generations.nonzero()[0])
+    rows = manager._state.rows
     return {
-        **state_of(manager),  # type: ignore[arg-type]
-        "groups.rows": table.rows[:, used],
-        "groups.lengths": table.lengths[used],
-        "groups.generations": table.generations[used],
-        "groups.pending": np.array(sorted(table.pending)),
-        "groups.digests": np.array([len(table.digests[name]) for name in used]),
+        **state_of(manager),
+        "groups.waiting": np.array(sorted(rows.waiting_ids)),
+        "groups.digests": np.array([[row, len(found)] for row, found in rows.digests.items()]),
     }
 
 
@@ -232,3 +228,23 @@ def test_accept_keeps_tokens_that_have_no_room_yet() -> None:
     manager.check()
     manager.commit(waiting, 4)
     assert manager.open_slots(waiting, 4, 8).shape == (1, 4)
+
+
+def test_victims_and_a_smaller_pool_count_the_blocks_of_all_groups() -> None:
+    manager = GroupedManager((None, 8), 20, 4)
+    one, other = manager.allocate(range(8)), manager.allocate(range(50, 58))
+    assert manager.victims([other, one], 5) == [other, one]
+    manager.free(one)
+    plan = manager.shrink(4)
+    assert (len(plan), manager.num_blocks, manager.num_free_blocks) == (4, 4, 0)
+    assert sorted(manager.block_tables([other]).ravel().tolist()) == [0, 1, 2, 3]
+    manager.check()
+
+
+def test_blocks_of_groups_are_dropped_by_commit_alone() -> None:
+    manager = GroupedManager((None, 4), 20, 4)
+    sequence = manager.allocate(range(12))
+    with pytest.raises(ValueError, match="commit"):
+        manager.drop_before(sequence, 8)
+    manager.commit(sequence)
+    assert (manager.block_tables(sequence) < 0).tolist() == [[[False] * 3], [[True, True, False]]]

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from kvpager._atomic import Deferral, Uninterrupted
-from kvpager.blocks.groups.windows import blocks_for
+from kvpager.blocks.windows import blocks_for
 from kvpager.plans import Int64
 
 _T = TypeVar("_T")

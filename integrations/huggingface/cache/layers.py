@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvpager.blocks.groups.windows import first_visible
+from kvpager.blocks.windows import first_visible
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache import custom_ops
 from kvpager.integrations.huggingface.cache.budget import LayerKind

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvpager.blocks.groups.windows import blocks_for
 from kvpager.blocks.stats import Stats
+from kvpager.blocks.windows import blocks_for
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvpager._text import counted
 from kvpager._text import size as as_text
-from kvpager.blocks.groups.windows import blocks_for
+from kvpager.blocks.windows import blocks_for
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo

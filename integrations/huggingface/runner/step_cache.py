@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvpager.blocks.groups.windows import first_visible
+from kvpager.blocks.windows import first_visible
 from kvpager.integrations.huggingface.attention import packed_custom_ops
 from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind

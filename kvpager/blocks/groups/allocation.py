@@ -1,112 +1,76 @@
-"""Begin, fork and end sequences over groups."""
+"""Begin sequences over groups."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from kvpager.blocks.allocation import Allocation
-from kvpager.blocks.groups.prefix import Hit
-from kvpager.blocks.groups.table import GroupTable
+from kvpager.blocks.groups.extension import GroupExtension
+from kvpager.blocks.groups.prefix import Hit, WindowIndex
 from kvpager.blocks.sequences import Prompt, SequenceHandle
 from kvpager.blocks.state import BlockState
-from kvpager.errors import OutOfBlocks
-from kvpager.plans import Int32, Int64
+from kvpager.plans import NO_BLOCKS, Int32
 
 
-class GroupAllocation:
-    """Begins, forks and ends sequences, a row for each group. The caller holds the lock.
+class GroupAllocation(Allocation):
+    """Begins sequences, a row for each group. The caller holds the lock."""
 
-    Writes all columns of the rows that begin or end, and the totals of prefix look-ups.
-    """
+    def __init__(self, state: BlockState, index: WindowIndex, extension: GroupExtension) -> None:
+        super().__init__(state)
+        self._index = index
+        self._extension = extension
 
-    def __init__(self, state: BlockState, table: GroupTable) -> None:
-        self._state = state
-        self._table = table
-        self._allocation = Allocation(state)
+    def find(self, who: Prompt, ids: Int32) -> tuple[int, Int32]:
+        """Return the prefix of `ids` that all groups have cached. O(tokens * groups)."""
+        hit = self._index.match(who, ids)
+        tables = np.stack([held.table for held in hit.held])
+        return hit.num_blocks * self._state.block_size, tables
 
-    def begin(
-        self,
-        who: list[Prompt],
-        length: int,
-        rooms: list[int],
-        ids: Int32 | None,
-        hit: Hit,
-        reserve: int,
-    ) -> SequenceHandle:
-        """Begin a sequence with blocks for `rooms` tokens in each group. O(tokens * groups).
+    def begin(self, who: Prompt, length: int, ids: Int32 | None, reserve: int) -> SequenceHandle:
+        """Begin a sequence of `length` tokens. O(tokens * groups).
 
-        A group with a window may get fewer tokens than `length` now: the rest stay in `pending`.
-
+        A group with a window may get blocks for fewer tokens now: the others wait.
         Raises: `OutOfBlocks` of the sum over all groups.
         """
-        state, size = self._state, self._state.block_size
+        state, rows, size = self._state, self._state.rows, self._state.block_size
+        hit = self._index.nothing()
+        if ids is not None:
+            hit = self._index.match(who, ids[: max(length - 1, 0)])
+        num_cached = hit.num_blocks * size
+        rooms = self._extension.rooms(num_cached, length)
         counts = [-(-room // size) - hit.num_blocks for room in rooms]
         shared = np.concatenate([held.blocks for held in hit.held])
-        owners = state.owners(who, counts)
+        owners = state.owners([who] * len(counts), counts)
         state.refuse_over_quota(owners)
-        self._refuse_without_reserve(sum(counts), shared, reserve)
-        self._table.reserve(1)
-        state.reserve(hit.num_blocks + max(counts), len(who))
-        [handle] = self._table.handles(1, hit.num_blocks * size)
+        if reserve:
+            self._refuse_without_reserve(sum(counts), shared, reserve)
+        state.refuse_beyond_pool(sum(counts))
+        state.reserve(hit.num_blocks + max(counts))
+        first = rows.free_rows[-1]
+        handle = SequenceHandle(state, first, int(rows.generations[first]), num_cached)
         fresh = state.take(sum(counts), owners, shared)
         if len(shared):
             state.share(shared)
             state.evictor.policy.touch(shared)
-        firsts = np.cumsum([0, *counts])
-        rows = [
-            self._new_row(prompt, fresh[first : first + count], room, ids, hit, group)
-            for group, (prompt, room, first, count) in enumerate(
-                zip(who, rooms, firsts.tolist(), counts, strict=False)
-            )
-        ]
-        sequence = self._table.add(rows, length, hit.digests)
+        rows.free_rows.pop()
+        parts = np.split(fresh, np.cumsum(counts)[:-1])
+        for group, (part, room) in enumerate(zip(parts, rooms, strict=True)):
+            self._begin_row(first + group, who._replace(group=group), part, room, ids, hit)
+            rows.waiting[first + group] = length - room
+        rows.digests[first] = hit.digests
         if min(rooms) < length:
-            self._table.pending[sequence] = ids
+            rows.waiting_ids[first] = NO_BLOCKS if ids is None else ids
         if ids is not None:
-            totals = state.totals
-            totals["queries"] += 1
-            totals["hits"] += hit.num_blocks > 0
-            totals["queried"] += length
-            totals["hit"] += hit.num_blocks * size
+            self._count(length, num_cached)
         return handle
 
-    def _new_row(
-        self, who: Prompt, fresh: Int32, room: int, ids: Int32 | None, hit: Hit, group: int
-    ) -> int:
-        state, table, held = self._state, self._state.rows, hit.held[group]
-        row, start = table.free_rows[-1], hit.num_blocks * state.block_size
-        table.add(who, held.table, fresh, room, start, 0 if ids is None else room)
-        table.first_blocks[row], table.published[row] = held.first, hit.num_blocks
-        table.nodes[row], table.keyed[row] = held.node, held.is_keyed
+    def _begin_row(
+        self, row: int, who: Prompt, fresh: Int32, room: int, ids: Int32 | None, hit: Hit
+    ) -> None:
+        state, rows, held = self._state, self._state.rows, hit.held[who.group]
+        start = hit.num_blocks * state.block_size
+        rows.add(row, who, held.table, fresh, room, start, 0 if ids is None else room)
+        rows.first_blocks[row], rows.published[row] = held.first, hit.num_blocks
+        rows.nodes[row] = held.node
         if ids is not None:
             state.write_ids(fresh, ids[start:room])
-        return row
-
-    def _refuse_without_reserve(self, need: int, shared: Int32, reserve: int) -> None:
-        """Raise `OutOfBlocks` unless `reserve` available blocks would be left."""
-        pool = self._state.pool
-        if reserve:
-            need += reserve + int(np.count_nonzero(pool.refs[shared] == 0))
-        if need > pool.num_free + pool.num_evictable:
-            raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
-
-    def fork(self, sequence: int, times: int) -> list[SequenceHandle]:
-        """Begin `times` sequences that share every block of `sequence`. O(blocks) each."""
-        state, rows = self._state, self._state.rows
-        members = self._table.rows[:, sequence].tolist()
-        self._table.reserve(times)
-        state.reserve(max(map(rows.num_blocks, members)), times * len(members))
-        children = self._table.handles(times, int(rows.committed[members].min()))
-        state.change.begin()
-        for row in members:
-            state.share(rows.device_blocks(row), times)
-        for _ in range(times):
-            self._table.fork(sequence, [rows.fork(row) for row in members])
-        return children
-
-    def end(self, sequences: Int64) -> None:
-        """Release the blocks of these sequences and end their handles. O(blocks)."""
-        self._state.change.begin()
-        self._allocation.end(self._table.rows[:, sequences].ravel().tolist())
-        for sequence in sequences.tolist():
-            self._table.drop(sequence)

@@ -4,55 +4,50 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvpager import _validate as arguments
 from kvpager.blocks.groups.prefix import WindowIndex
-from kvpager.blocks.groups.table import GroupTable
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
 from kvpager.plans import Int64
 
 
-class GroupCommit:
+class GroupCommit(Publication):
     """Commits tokens in all groups, and releases the blocks behind windows.
 
     The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Truncation` write, and
     `committed`.
     """
 
-    def __init__(
-        self,
-        state: BlockState,
-        table: GroupTable,
-        index: WindowIndex,
-        truncation: Truncation,
-        windows: tuple[int | None, ...],
-    ) -> None:
-        self._state = state
-        self._table = table
+    def __init__(self, state: BlockState, index: WindowIndex, truncation: Truncation) -> None:
+        super().__init__(state)
         self._index = index
         self._truncation = truncation
-        self._spans: Int64 = np.array([w for w in windows if w is not None], np.int64)[:, None]
-        self._publication = Publication(state)
-        is_windowed = np.array([window is not None for window in windows])
+        windows = [window for window in state.windows if window is not None]
+        self._spans: Int64 = np.array(windows, np.int64)[:, None]
+        is_windowed = np.array([window is not None for window in state.windows])
         self._full, self._windowed = (~is_windowed).nonzero()[0], is_windowed.nonzero()[0]
 
-    def settled(self, names: Int64) -> Int64:
-        """Return how many tokens have slots in all groups, without speculative ones. O(n)."""
-        rows, members = self._state.rows, self._table.rows[:, names]
-        settled: Int64 = (rows.lengths[members] - rows.speculative[members]).min(axis=0)
-        return settled
+    def commit_row(self, row: int, length: int | None) -> None:
+        """Do as `commit` for one sequence."""
+        self.commit(np.array([row]), length)
 
-    def commit(self, names: Int64, settled: Int64) -> None:
-        """Record that the KV of each sequence's first `settled` tokens is written.
+    def commit(self, sequences: Int64, length: int | Int64 | None) -> None:
+        """Record that the KV of each sequence's first `length` tokens is written.
 
-        O(n * groups + new full blocks).
+        None: of all tokens with slots. O(n * groups + new full blocks).
+        Raises: `ValueError` if a group has slots for fewer tokens, not counting speculative ones.
         """
         state, rows = self._state, self._state.rows
-        members = self._table.rows[:, names]
+        members = rows.members(sequences).reshape(rows.num_groups, -1)
+        settled: Int64 = (rows.lengths[members] - rows.speculative[members]).min(axis=0)
+        if length is not None:
+            arguments.within("length", length, settled)
+            settled = np.full_like(settled, length)
         state.change.begin()
         full, windowed = members[self._full], members[self._windowed]
         if full.size:
-            self._publication.commit(full.ravel(), np.tile(settled, len(full)))
+            super().commit(full.ravel(), np.tile(settled, len(full)))
         if not windowed.size:
             return
         committed = np.maximum(rows.committed[windowed], settled)
@@ -60,9 +55,8 @@ class GroupCommit:
         ends = np.minimum(committed, rows.known[windowed]) >> state.shift
         news = ends > rows.published[windowed]
         if np.count_nonzero(news):
-            for group, at in np.argwhere(news).tolist():
-                digests = self._table.digests[int(names[at])]
-                self._index.publish(int(windowed[group, at]), digests, int(ends[group, at]))
+            for row, end in zip(windowed[news].tolist(), ends[news].tolist(), strict=True):
+                self._index.publish(row, end)
             state.index.settle()
         starts = np.maximum(committed - self._spans + 1, 0)  # see `first_visible`
         self._truncation.release_before(windowed.ravel(), starts.ravel())

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpager.blocks.groups.windows import first_needed
 from kvpager.blocks.mm_hashes import MMHashes, Tag
 from kvpager.blocks.radix import Node, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
+from kvpager.blocks.windows import first_needed
 from kvpager.plans import NO_BLOCKS, Int32
 
 _FRONT = bytes(32)  # the digest before the first token
@@ -34,8 +34,7 @@ class Held(NamedTuple):
 
     first: int
     blocks: Int32
-    node: Node | None = None  # of the last block
-    is_keyed: bool = False  # each block is published separately
+    node: Node | None = None  # of the last block, in a group without a window
 
     @property
     def table(self) -> Int32:
@@ -57,20 +56,21 @@ class WindowIndex:
     The caller holds the lock. Writes `published` of the rows it is given.
     """
 
-    def __init__(self, state: BlockState, windows: tuple[int | None, ...]) -> None:
+    def __init__(self, state: BlockState) -> None:
         self._state = state
-        self._windows = windows
+        self._windows = state.windows
 
     # ---------------------------------------------------------------- look up
 
-    def match(self, who: Sequence[Prompt], ids: Int32) -> Hit:
+    def match(self, prompt: Prompt, ids: Int32) -> Hit:
         """Return the longest prefix of `ids` that every group can serve. O(tokens)."""
         state, most = self._state, len(ids) // self._state.block_size
+        who = [prompt._replace(group=group) for group in range(len(self._windows))]
         found: list[tuple[Int32, Node | None]] = []
-        for prompt, window in zip(who, self._windows, strict=True):
+        for member, window in zip(who, self._windows, strict=True):
             if window is None:
                 match = state.index.match(
-                    prompt.tree, ids[: most * state.block_size], prompt.mm_hashes
+                    member.tree, ids[: most * state.block_size], member.mm_hashes
                 )
                 most = min(most, len(match.blocks))
                 found.append((match.blocks, match.node))
@@ -82,7 +82,7 @@ class WindowIndex:
             return Hit(most, [Held(0, blocks[:most], node) for blocks, node in found], [])
         blocks = ids[: most * state.block_size].reshape(most, -1)
         digests: list[bytes] = []
-        self.extend(digests, blocks, who[0].mm_hashes)
+        self._extend(digests, blocks, prompt.mm_hashes)
         keys = [
             key_of(block, self._tag(digest)) for block, digest in zip(blocks, digests, strict=True)
         ]
@@ -93,7 +93,7 @@ class WindowIndex:
                 held.append(Held(0, run[:most], node))
             else:
                 first = first_needed(most * state.block_size, window, state.block_size)
-                held.append(Held(first, blocks_of[first:most].copy(), is_keyed=True))
+                held.append(Held(first, blocks_of[first:most].copy()))
         return Hit(most, held, digests) if most else self.nothing(digests)
 
     def _is_known(self, who: Sequence[Prompt]) -> bool:
@@ -102,11 +102,7 @@ class WindowIndex:
 
     def nothing(self, digests: Sequence[bytes] = ()) -> Hit:
         """Return an empty hit. O(groups)."""
-        return Hit(
-            0,
-            [Held(0, NO_BLOCKS, is_keyed=window is not None) for window in self._windows],
-            list(digests),
-        )
+        return Hit(0, [Held(0, NO_BLOCKS) for _ in self._windows], list(digests))
 
     def _common(self, who: Sequence[Prompt], keys: list[object]) -> tuple[int, list[Int32]]:
         """Return how many blocks all groups with a window can serve, and these blocks."""
@@ -139,23 +135,23 @@ class WindowIndex:
 
     # ---------------------------------------------------------------- publish
 
-    def publish(self, row: int, digests: list[bytes], end: int) -> None:
+    def publish(self, row: int, end: int) -> None:
         """Publish the blocks up to `end` of a row of a group with a window. O(their tokens).
 
-        `digests` are those of the sequence, and get longer if need be. The change has begun, and
-        the index is to settle afterwards.
+        The change has begun, and the index is to settle afterwards.
         """
         state, table = self._state, self._state.rows
         begin, who = int(table.published[row]), table.prompt(row)
+        digests = table.digests[row - who.group]
         blocks = table.tables.part(row, begin, end)
         if len(digests) < end:
             missing = blocks[len(digests) - begin :]
-            self.extend(digests, state.pool.ids[missing], who.mm_hashes)
+            self._extend(digests, state.pool.ids[missing], who.mm_hashes)
         for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True):
             state.index.publish_first(who.tree, block, self._tag(digest))
         table.published[row] = end
 
-    def extend(self, digests: list[bytes], blocks: Int32, mm_hashes: MMHashes) -> None:
+    def _extend(self, digests: list[bytes], blocks: Int32, mm_hashes: MMHashes) -> None:
         """Append the digests of further blocks of token ids, [n, block_size]. O(tokens)."""
         before = digests[-1] if digests else _FRONT
         begin, end = len(digests), len(digests) + len(blocks)
