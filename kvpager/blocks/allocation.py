@@ -11,7 +11,6 @@ from kvpager.blocks.mm_hashes import NO_MM_HASHES, read_mm_hashes
 from kvpager.blocks.radix import Match
 from kvpager.blocks.sequences import Prompt, SequenceHandle
 from kvpager.blocks.state import BlockState
-from kvpager.errors import OutOfBlocks
 from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64
 
 
@@ -31,9 +30,7 @@ class Allocation:
             match = state.index.match(who.tree, ids[: max(length - 1, 0)], who.mm_hashes)
         num_fresh = -(-length // state.block_size) - len(match.blocks)
         owners = state.owners([who], [num_fresh])
-        state.refuse_over_quota(owners)
-        if reserve:
-            self._refuse_without_reserve(num_fresh, match.blocks, reserve)
+        state.refuse(num_fresh, owners, match.blocks, reserve)
         handle = self._new_row(who, length, ids, match, owners)
         if ids is not None:
             row, shared = handle._row, match.blocks
@@ -45,10 +42,10 @@ class Allocation:
 
     def _count(self, length: int, num_cached: int) -> None:
         totals = self._state.totals
-        totals["queries"] += 1
-        totals["hits"] += num_cached > 0
-        totals["queried"] += length
-        totals["hit"] += num_cached
+        totals["total_prefix_queries"] += 1
+        totals["total_prefix_hits"] += num_cached > 0
+        totals["prefix_query_tokens"] += length
+        totals["prefix_hit_tokens"] += num_cached
 
     def _new_row(
         self, who: Prompt, length: int, ids: Int32 | None, match: Match, owners: Int64 | None
@@ -57,7 +54,6 @@ class Allocation:
         size = state.block_size
         num_cached = len(shared) * size + match.num_partial
         num_fresh = -(-length // size) - len(shared)
-        state.refuse_beyond_pool(num_fresh)
         state.reserve(len(shared) + num_fresh)
         row = rows.free_rows[-1]
         copies = np.array([[match.partial_block, -1]], np.int32) if match.num_partial else NO_COPIES
@@ -71,7 +67,7 @@ class Allocation:
             num_fresh, owners, np.concatenate([shared, keep]) if len(keep) else shared
         )
         if len(shared):
-            state.share(shared)
+            state.pool.share(shared)
         rows.free_rows.pop()
         rows.add(row, who, shared, fresh, length, num_cached, 0 if ids is None else length)
         if len(copies):
@@ -80,16 +76,8 @@ class Allocation:
                 handle.copies, handle.ticket = NO_COPIES, 0
             state.copied(handle.copies, handle.ticket)
         if ids is not None:
-            state.write_ids(fresh, ids[len(shared) * size :])
+            state.pool.write_ids(fresh, ids[len(shared) * size :])
         return handle
-
-    def _refuse_without_reserve(self, num_fresh: int, shared: Int32, reserve: int) -> None:
-        """Raise `OutOfBlocks` if the prompt would leave fewer than `reserve` available blocks."""
-        pool = self._state.pool
-        idle = int(np.count_nonzero((pool.refs[shared] == 0) & (pool.holds[shared] == 0)))
-        need = num_fresh + idle + reserve
-        if need > pool.num_free + pool.num_evictable:
-            raise OutOfBlocks(need, pool.num_free, pool.num_evictable, pool.num_blocks)
 
     def find(self, who: Prompt, ids: Int32) -> tuple[int, Int32]:
         """Return the number of cached tokens that `ids` begin with, and their blocks. O(tokens)."""
@@ -109,7 +97,7 @@ class Allocation:
         ]
         state.change.begin()
         for row in rows.rows_of(parent):
-            state.share(rows.device_blocks(row), times)
+            state.pool.share(rows.device_blocks(row), times)
         for _ in children:
             rows.fork(parent)
         return children
@@ -121,7 +109,7 @@ class Allocation:
             for row in table.rows_of(first):
                 state.release(table.device_blocks(row))
                 if table.swapped[row]:
-                    state.release_host(table.host_blocks(row))
+                    state.host.release(table.host_blocks(row))
             table.drop(first)
 
 
@@ -131,10 +119,7 @@ def identity(
     mm_hashes: Iterable[tuple[int, int, bytes]],
     length: int,
 ) -> Prompt:
-    """Return the validated key parts of a prompt of `length` tokens. O(mm_hashes).
-
-    Raises: `TypeError` / `ValueError` for an invalid part.
-    """
+    """Return the validated key parts of a prompt of `length` tokens. O(mm_hashes)."""
     if namespace is None and lora is None and not mm_hashes:
         return _ANYBODY
     arguments.label("namespace", namespace)

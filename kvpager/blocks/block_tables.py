@@ -52,10 +52,7 @@ class Ragged:
     # ---------------------------------------------------------------- room
 
     def reserve(self, rows: Int64, counts: Int32 | Int64) -> None:
-        """Make room for `counts` entries in these rows. Amortised O(entries added).
-
-        Raises `MemoryError` before anything has changed.
-        """
+        """Make room for `counts` entries a row, or change nothing. Amortised O(new entries)."""
         is_short = self.spans[rows] < counts
         if not np.count_nonzero(is_short):
             return

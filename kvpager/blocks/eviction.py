@@ -104,11 +104,7 @@ class Evictor:
 
     # ---------------------------------------------------------------- evict
 
-    def evict(
-        self,
-        count: int,
-        allowance: Callable[[int], int] | None = None,
-    ) -> int:
+    def evict(self, count: int, allowance: Callable[[int], int] | None = None) -> int:
         """Evict `count` idle blocks, from each queue at most its allowance. O(count log n).
 
         The queues must allow `count` blocks. Idle leaves go first, lowest rank first. Then idle
@@ -121,8 +117,7 @@ class Evictor:
         self.refresh(count)
         if allowance is None:
             self.relist(self._queues)
-        gone: list[Blocks] = []
-        blocks: Blocks
+        gone = list[Blocks]()
         room = dict[int, int]()
 
         def left(number: int) -> int:
@@ -134,8 +129,7 @@ class Evictor:
             number, node, limit = self._lowest(left)
             most = min(count, left(number))
             if node is not None:
-                blocks = self._trim(node, most, limit)
-                num_idle = len(blocks)
+                blocks, num_idle = self._trim(node, most, limit)
             else:
                 blocks, num_idle = self._cut(self._queues[number], most)
             count -= num_idle
@@ -155,12 +149,11 @@ class Evictor:
         while count > 0:
             entry = self._next(queue)
             if entry is not None:
-                gone.append(self._trim(entry[1], count, np.inf))
-                count -= len(gone[-1])
+                blocks, num_idle = self._trim(entry[1], count, np.inf)
             else:
                 blocks, num_idle = self._cut(queue, count)
-                gone.append(blocks)
-                count -= num_idle
+            gone.append(blocks)
+            count -= num_idle
         return self._forget(gone)
 
     def evict_namespace(self, namespace: str | None) -> int:
@@ -205,7 +198,7 @@ class Evictor:
         if len(blocks):
             self.enqueue_idle(blocks[self._pool.cached[blocks]])
 
-    def _trim(self, node: Node, count: int, limit: float) -> Blocks:
+    def _trim(self, node: Node, count: int, limit: float) -> tuple[Blocks, int]:
         """Cut up to `count` blocks off a leaf's tail while they are idle and rank lowest."""
         queue = node.queue
         queue.drop_first()
@@ -220,7 +213,7 @@ class Evictor:
             count = len(tail) if np.count_nonzero(leave) == len(tail) else int(leave.argmin())
         blocks = node.blocks[-1:].copy() if tail is None else tail[:count]
         self._shorten(node, node.end - len(blocks))
-        return blocks
+        return blocks, len(blocks)
 
     def _cut(self, queue: Queue[Node], count: int) -> tuple[Blocks, int]:
         """Cut up to `count` idle blocks before held blocks, with all that follow. O(nodes below).

@@ -18,9 +18,9 @@ class Extension:
     Writes the block tables, `lengths`, `known` and `speculative` of the rows it is given.
     """
 
-    def __init__(self, state: BlockState, truncation: Truncation) -> None:
+    def __init__(self, state: BlockState) -> None:
         self._state = state
-        self._truncation = truncation
+        self._truncation = Truncation(state)
 
     def append(
         self, rows: Int64, num_new: int | Int64, ids: Int32 | None, speculative: bool
@@ -44,8 +44,7 @@ class Extension:
         total = num_new * len(rows) if isinstance(num_new, int) else int(num_new.sum())
         num_taken = len(leaving) + total_fresh
         owners = state.owners_of_rows(rows, leaving, num_fresh) if num_taken else None
-        state.refuse_over_quota(owners)
-        state.refuse_beyond_pool(num_taken)
+        state.refuse(num_taken, owners)
         if len(growing):
             state.reserve_more(rows[growing], (ends[growing] + mask) >> shift)
 
@@ -138,16 +137,13 @@ class Extension:
         state, tables = self._state, self._state.rows.tables
         step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]
         tables.data[tables.starts[rows] + columns] = step.copies[:, 1]
-        state.copy_ids(step.copies)
+        state.pool.copy_ids(step.copies)
         blocks, times = np.unique(tails, return_counts=True)
         state.copied(step.copies, step.ticket)
         state.release(blocks, times.astype(np.int32))
 
     def accept(self, rows: Int64, kept: Int64, ids: Int32 | None) -> None:
-        """Keep the first `kept` speculative tokens of each row and drop the others. O(tokens).
-
-        Raises: `ValueError` for ids of tokens that a fork shares.
-        """
+        """Keep the first `kept` speculative tokens of each row and drop the others. O(tokens)."""
         state, table = self._state, self._state.rows
         starts = table.lengths[rows] - table.speculative[rows]
         ends = starts + kept

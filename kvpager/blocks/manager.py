@@ -82,15 +82,11 @@ class BlockManager:
         self.pins = Pins(state)
         self.events = Events(state)
         self.cached = CachedBlocks(state)
-        truncation = Truncation(state)
-        self._assemble(
-            state, truncation, Allocation(state), Extension(state, truncation), Publication(state)
-        )
+        self._assemble(state, Allocation(state), Extension(state), Publication(state))
 
     def _assemble(
         self,
         state: BlockState,
-        truncation: Truncation,
         allocation: Allocation,
         extension: Extension,
         publication: Publication,
@@ -103,12 +99,8 @@ class BlockManager:
         self.quotas = Quotas(state)
         self.copies = Copies(state)
         self.queries = Queries(state, allocation, max_chunk)
-        self._truncation = truncation
-        self._allocation = allocation
-        self._extension = extension
-        self._publication = publication
-        self._swap = Swap(state)
-        self._resize = Resize(state)
+        self._allocation, self._extension, self._publication = allocation, extension, publication
+        self._truncation, self._swap, self._resize = Truncation(state), Swap(state), Resize(state)
 
     def __repr__(self) -> str:
         with self._state.lock:

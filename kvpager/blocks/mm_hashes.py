@@ -103,10 +103,7 @@ NO_MM_HASHES = MMHashes()
 
 
 def read_mm_hashes(value: Iterable[tuple[int, int, bytes]], length: int) -> MMHashes:
-    """Validate the hashes of a prompt of `length` tokens. O(n log n).
-
-    Raises: `TypeError` / `ValueError` for an item that is not (start, stop, hash).
-    """
+    """Return the validated hashes of a prompt of `length` tokens. O(n log n)."""
     found = []
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise TypeError(

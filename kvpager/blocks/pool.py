@@ -255,9 +255,9 @@ class BlockPool:
         """Store the token ids of these flat slots. O(ids)."""
         self.ids.reshape(-1)[slots] = ids
 
-    def copy_ids(self, sources: Blocks, destinations: Blocks) -> None:
-        """Copy the token ids of `sources` to `destinations`. O(blocks)."""
-        self.ids[destinations] = self.ids[sources]
+    def copy_ids(self, copies: Int32) -> None:
+        """Copy the token ids along with these copies. O(blocks)."""
+        self.ids[copies[:, 1]] = self.ids[copies[:, 0]]
 
     def receive(self, blocks: Blocks, ids: Int32, holders: Int32) -> None:
         """Set the ids and holders of `blocks`, which were taken for another tier's. O(blocks)."""

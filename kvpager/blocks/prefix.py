@@ -151,10 +151,7 @@ class PrefixIndex:
             if position > first:
                 published = np.concatenate(found)
                 is_duplicate = not np.array_equal(published, blocks[: position - first])
-                self.settle()
-                self.policy.touch(published)
-                if is_duplicate:  # used, and idle again
-                    self._evictor.release(published[self._evictor.idle(published)])
+                self._reuse(published)
         if position < end:
             if position < node.end:
                 node = self._split(node, position)
@@ -169,17 +166,16 @@ class PrefixIndex:
         return node, is_duplicate
 
     def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> None:
-        """Publish a full block at the front of `tree`, unless an equal one is. O(block_size).
-
-        `settle` must follow.
-        """
+        """Publish a block at the front of `tree`; `settle` must follow. O(block_size)."""
         root, key = self.root(tree), self._forest.key(block, tag)
         equal = root.children.get(key)
         if equal is None:
             self._begin_run(root, 0, np.array([block], np.int32), tag, key)
             return
+        self._reuse(equal.blocks[:1])
+
+    def _reuse(self, published: Int32) -> None:
         self.settle()
-        published = equal.blocks[:1]
         self.policy.touch(published)
         self._evictor.release(published[self._evictor.idle(published)])  # used, and idle again
 

@@ -19,10 +19,7 @@ class Publication:
         self._state = state
 
     def commit_row(self, row: int, length: int | None) -> None:
-        """Record that the KV of a row's first `length` tokens is written. O(new full blocks).
-
-        Raises: `ValueError` if the row has fewer tokens, not counting speculative ones.
-        """
+        """Record that the KV of a row's first `length` tokens is written. O(new full blocks)."""
         state, table = self._state, self._state.rows
         settled = int(table.lengths[row]) - int(table.speculative[row])
         arguments.within_one("length", length, settled)

@@ -34,10 +34,7 @@ class Queries:
             return Batch(state, rows, state.rows.generations[rows], -1)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups).
-
-        A group with a window holds at most the window and a chunk.
-        """
+        """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups)."""
         state = self._state
         return blocks_for(num_tokens, state.block_size, state.windows, self._max_chunk)
 
@@ -149,7 +146,7 @@ class Queries:
     def num_evicted_blocks(self) -> int:
         """Blocks evicted since the manager began. O(1)."""
         with self._state.lock:
-            return self._state.totals["evicted"]
+            return self._state.totals["total_evicted"]
 
     def block_statuses(self) -> NDArray[np.uint8]:
         """Return a `BlockStatus` for every device block, uint8 [num_blocks]. O(num_blocks)."""
@@ -166,7 +163,7 @@ class Queries:
         """See `BlockManager.stats`. O(blocks + sequences)."""
         state = self._state
         with state.lock:
-            pool, rows, totals = state.pool, state.rows, state.totals
+            pool, rows = state.pool, state.rows
             return Stats(
                 block_size=state.block_size,
                 num_blocks=pool.num_blocks,
@@ -181,12 +178,5 @@ class Queries:
                 num_sequences=len(rows),
                 num_swapped=int(np.count_nonzero(rows.swapped)) // rows.num_groups,
                 num_tokens=int(rows.fill(pool.num_blocks, rows.lengths).sum()),
-                total_copied=totals["copied"],
-                total_evicted=totals["evicted"],
-                total_swapped_out=totals["out"],
-                total_swapped_in=totals["in"],
-                total_prefix_queries=totals["queries"],
-                total_prefix_hits=totals["hits"],
-                prefix_query_tokens=totals["queried"],
-                prefix_hit_tokens=totals["hit"],
+                **state.totals,
             )

@@ -1,12 +1,7 @@
-"""Quotas: the most and the least device blocks of a namespace.
+"""Quotas: the most and the least device blocks of a namespace, see `kvpager.blocks.accounts`.
 
 `manager.quotas`, `engine.quotas` and `patch.quotas` are set alike: `quotas["acme"] = 512`. Engines
 and patches know the bytes of a block, so they also take sizes such as `"2GiB"`.
-
-A namespace owns the blocks that its sequences hold and the blocks cached for it. A block belongs to
-one namespace. `ceiling` bounds the number of its blocks. `floor` reserves blocks: while the
-namespace's sequences hold fewer, other namespaces can neither take the difference nor evict the
-namespace's cached blocks within it.
 """
 
 from __future__ import annotations
@@ -123,13 +118,10 @@ class Quotas:
         """Return the quota of a namespace. O(1). Raises: `ValueError` if it has none."""
         arguments.label("namespace", namespace)
         with self._state.lock:
-            return self._known(namespace)
-
-    def _known(self, namespace: str | None) -> Quota:
-        limits = self._state.accounts.limits
-        if namespace not in limits:
+            quota = self._state.accounts.limits.get(namespace)
+        if quota is None:
             raise ValueError(f"namespace={namespace!r}: it has no quota. Call quotas.set first.")
-        return limits[namespace]
+        return quota
 
     def ceiling(self, namespace: str | None) -> int | None:
         """Return the most blocks that a namespace may own; None: no bound. O(1)."""
@@ -140,10 +132,9 @@ class Quotas:
 
     def drop(self, namespace: str | None) -> None:
         """Remove the quota of a namespace. O(blocks). Raises: as `get`."""
-        arguments.label("namespace", namespace)
         state = self._state
         with state.lock, state.change:
-            self._known(namespace)
+            self.get(namespace)
             state.change.begin()
             if len(state.accounts.limits) == 1:
                 state.recount({})
@@ -153,9 +144,8 @@ class Quotas:
 
     def used(self, namespace: str | None) -> int:
         """Return the device blocks held by and cached for a namespace. O(1). Raises: as `get`."""
-        arguments.label("namespace", namespace)
         with self._state.lock:
-            self._known(namespace)
+            self.get(namespace)
             return self._state.accounts.account(namespace).used
 
 

@@ -9,7 +9,7 @@ Every verb uses these functions. They resolve handles to rows in O(1) and refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,7 +31,10 @@ from kvpager.blocks.sequences import Batch, Prompt, SequenceHandle, SequenceTabl
 from kvpager.errors import OutOfBlocks, SequenceSwapped, StaleSequence
 from kvpager.plans import NO_BLOCKS, Int32, Int64, Tier
 
-TOTALS = ("copied", "evicted", "out", "in", "queries", "hits", "queried", "hit")
+TOTALS = (  # of `Stats`
+    "total_copied", "total_evicted", "total_swapped_out", "total_swapped_in",
+    "total_prefix_queries", "total_prefix_hits", "prefix_query_tokens", "prefix_hit_tokens",
+)  # fmt: skip
 
 
 class BlockState:
@@ -202,37 +205,36 @@ class BlockState:
 
     def reserve(self, num_columns: int, num_rows: int = 1) -> None:
         """Make room in the block tables, in a separate change. Amortised O(1)."""
-        self.change.begin()
-        try:
-            self.rows.reserve(num_columns, num_rows)
-        except MemoryError:  # raised before anything is replaced
-            self.change.end()
-            raise
-        self.change.end()
+        self._enlarge(self.rows.reserve, num_columns, num_rows)
 
     def reserve_more(self, rows: Int64, num_columns: Int64) -> None:
         """Make room for longer tables of these rows, in a separate change. O(rows)."""
-        if not np.count_nonzero(self.rows.tables.spans[rows] < num_columns):
-            return
+        if np.count_nonzero(self.rows.tables.spans[rows] < num_columns):
+            self._enlarge(self.rows.tables.reserve, rows, num_columns)
+
+    def _enlarge(self, reserve: Callable[..., None], *sizes: Any) -> None:
         self.change.begin()
         try:
-            self.rows.tables.reserve(rows, num_columns)
+            reserve(*sizes)
         except MemoryError:  # raised before anything is replaced
             self.change.end()
             raise
         self.change.end()
 
-    def refuse_over_quota(self, owners: Int64 | None) -> None:
-        """Raise `OutOfQuota` if blocks for `owners` would pass a ceiling. O(owners).
+    def refuse(
+        self, count: int, owners: Int64 | None, revived: Int32 = NO_BLOCKS, reserve: int = 0
+    ) -> None:
+        """Raise `OutOfBlocks` if the pool lacks `count` available blocks. O(owners + revived).
 
-        Call it before `refuse_beyond_pool`: a namespace at its ceiling gets the error of its quota.
+        So that `reserve` blocks stay available after `revived` cached ones are held. Raise
+        `OutOfQuota` first: a namespace at its ceiling gets the error of its quota.
         """
-        if owners is not None:
-            self.accounts.refuse_over_ceiling(by_owner(owners), {}, self.pool)
-
-    def refuse_beyond_pool(self, count: int) -> None:
-        """Raise `OutOfBlocks` if the pool lacks `count` available blocks. O(1)."""
         pool = self.pool
+        if owners is not None:
+            self.accounts.refuse_over_ceiling(by_owner(owners), {}, pool)
+        if reserve:
+            idle = (pool.refs[revived] == 0) & (pool.holds[revived] == 0)
+            count += reserve + int(np.count_nonzero(idle))
         if count > pool.num_free + pool.num_evictable:
             raise OutOfBlocks(count, pool.num_free, pool.num_evictable, pool.num_blocks)
 
@@ -249,24 +251,18 @@ class BlockState:
         return need
 
     def evict_for(self, count: int, need: Counts | None) -> None:
-        """Evict until `count` blocks are free, within the floors.
-
-        O(evicted blocks).
-        """
+        """Evict until `count` blocks are free, within the floors. O(evicted blocks)."""
         for number, forced in self.accounts.forced(need or {}):
-            self.totals["evicted"] += self.evictor.evict_from(number, forced)
+            self.totals["total_evicted"] += self.evictor.evict_from(number, forced)
         self.evict(count - self.pool.num_free, need)
 
     def evict(self, count: int, need: Counts | None) -> None:
-        """Evict `count` blocks; `need`: blocks that each account takes, for the floors.
-
-        O(evicted blocks).
-        """
+        """Evict `count` blocks, in favour of the accounts in `need`. O(evicted blocks)."""
         if count <= 0:
             return
         accounts = self.accounts
         if need is None:
-            self.totals["evicted"] += self.evictor.evict(count)
+            self.totals["total_evicted"] += self.evictor.evict(count)
             return
 
         def allowance(number: int) -> int:
@@ -274,7 +270,7 @@ class BlockState:
 
         self.evictor.relist(accounts.opened | need.keys())
         accounts.opened.clear()
-        self.totals["evicted"] += self.evictor.evict(count, allowance)
+        self.totals["total_evicted"] += self.evictor.evict(count, allowance)
 
     def release(self, blocks: Int32, times: int | Int32 = 1) -> None:
         """Drop `times` references to each of the distinct device blocks. O(blocks)."""
@@ -285,20 +281,6 @@ class BlockState:
         evictable = self.pool.release(blocks, times)
         if len(evictable):
             self.evictor.release(evictable)
-
-    def release_host(self, blocks: Int32, times: int | Int32 = 1) -> None:
-        """Drop `times` references to each of the distinct host blocks. O(blocks)."""
-        self.host.release(blocks, times)
-
-    def share(self, blocks: Int32, times: int = 1) -> None:
-        """Add `times` references to each of the distinct device blocks. O(blocks)."""
-        self.pool.share(blocks, times)
-
-    def hand_over(
-        self, source: BlockPool, target: BlockPool, copies: Int32, holders: Int32
-    ) -> None:
-        """Copy the token ids and holders of blocks that change their tier. O(blocks)."""
-        target.receive(copies[:, 1], source.ids[copies[:, 0]], holders)
 
     def resize(self, num_blocks: int, copies: Int32) -> None:
         """Resize the device pool; `copies` are the blocks that move. O(blocks)."""
@@ -342,14 +324,6 @@ class BlockState:
             self.pool.write_slots(slots[named], ids[named])
             table.known[rows[whole]] = ends[whole]
 
-    def write_ids(self, blocks: Int32, ids: Int32) -> None:
-        """Store the token ids of `blocks`, consecutively. O(ids)."""
-        self.pool.write_ids(blocks, ids)
-
-    def copy_ids(self, copies: Int32) -> None:
-        """Copy the token ids along with device copies. O(blocks)."""
-        self.pool.copy_ids(copies[:, 0], copies[:, 1])
-
     # ---------------------------------------------------------------- copies
 
     def moved(
@@ -362,7 +336,7 @@ class BlockState:
 
     def copied(self, copies: Int32, ticket: int) -> None:
         """Fence, log and count copies on the device. O(copies)."""
-        self.totals["copied"] += len(copies)
+        self.totals["total_copied"] += len(copies)
         self.moved(copies, ticket, "device", "device")
 
     # ---------------------------------------------------------------- owners of blocks
@@ -374,10 +348,7 @@ class BlockState:
         self.evictor.set_queues(self.accounts.numbers)
 
     def owned(self) -> list[tuple[str | None, Int32]]:
-        """Return all blocks in use by owner: held, published, or in an unfinished copy.
-
-        O(blocks).
-        """
+        """Return all blocks held, published, or in an unfinished copy, by owner. O(blocks)."""
         rows = self.rows
         held = [(rows.prompt(row).namespace, rows.device_blocks(row)) for row in rows.live_rows()]
         return [*held, *self.forest.owned(), *self.accounts.parked(self.pool)]
@@ -390,10 +361,7 @@ class BlockState:
         return np.unique(np.concatenate([NO_BLOCKS, *held, *self.forest.owned_by(namespace)]))
 
     def owners(self, who: Iterable[Prompt], counts: Iterable[int]) -> Int64 | None:
-        """Return the account that each block to take is counted in. O(blocks).
-
-        None if no namespace has a quota.
-        """
+        """Return the account of each block to take; None without quotas. O(blocks)."""
         if not self.accounts.limits:
             return None
         owners = [self.accounts.owner(prompt.namespace) for prompt in who]

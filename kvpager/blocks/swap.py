@@ -28,10 +28,7 @@ class Swap:
         self._state = state
 
     def out(self, sequences: Int64, at_most: int | None) -> Plan:
-        """Move the blocks that only these and swapped sequences hold to the host. O(blocks).
-
-        Raises: `OutOfBlocks` of the host, `SequenceSwapped` for a sequence wholly on the host.
-        """
+        """Move the blocks that only these and swapped sequences hold to the host. O(blocks)."""
         state, table, host = self._state, self._state.rows, self._state.host
         for first in sequences[table.swapped[sequences]].tolist():
             members = table.rows_of(first)
@@ -48,7 +45,7 @@ class Swap:
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "device", "host", state.fences.ticket(copies))
         copies[:, 0], copies[:, 1] = leaving.blocks, state.take_free(host, need)
-        state.hand_over(state.pool, host, copies, leaving.holders)
+        host.receive(copies[:, 1], state.pool.ids[leaving.blocks], leaving.holders)
         table.swapped[rows] = True
         everyone = table.swapped.nonzero()[0]
         table.replace(everyone, leaving.blocks, -2 - copies[:, 1])
@@ -57,34 +54,30 @@ class Swap:
         table.epoch += 1
         state.moved(plan.copies, plan.ticket, "device", "host")
         state.release(leaving.blocks, leaving.holders)
-        state.totals["out"] += need
+        state.totals["total_swapped_out"] += need
         return plan
 
     def back(self, sequences: Int64, at_most: int | None, reserve: int) -> Plan:
-        """Move the host blocks of sequences to the device. O(blocks).
-
-        Raises: `OutOfBlocks` if fewer than `reserve` blocks would stay available.
-        """
+        """Move the host blocks of sequences to the device; leave `reserve` available. O(blocks)."""
         state, table = self._state, self._state.rows
         sequences = sequences[table.swapped[sequences]]
         rows = table.members(sequences)
         leaving = _leaving_host(table, state.host, rows, at_most)
         need = len(leaving.blocks)
         owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
-        state.refuse_over_quota(owners)
-        state.refuse_beyond_pool(need + reserve)
+        state.refuse(need + reserve, owners)
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "host", "device", state.fences.ticket(copies))
         copies[:, 0], copies[:, 1] = leaving.blocks, state.take(need, owners)
-        state.hand_over(state.host, state.pool, copies, leaving.holders)
+        state.pool.receive(copies[:, 1], state.host.ids[leaving.blocks], leaving.holders)
         table.replace(table.swapped.nonzero()[0], -2 - leaving.blocks, copies[:, 1])
         for first in sequences.tolist():
             members = table.rows_of(first)
             is_away = any(len(table.host_blocks(row)) for row in members)
             table.swapped[members.start : members.stop] = is_away
         state.moved(plan.copies, plan.ticket, "host", "device")
-        state.release_host(leaving.blocks, leaving.holders)
-        state.totals["in"] += need
+        state.host.release(leaving.blocks, leaving.holders)
+        state.totals["total_swapped_in"] += need
         return plan
 
 
@@ -122,10 +115,7 @@ def _leaving_device(
 def _leaving_host(
     table: SequenceTable, host: BlockPool, rows: Int64, at_most: int | None
 ) -> Leaving:
-    """Return the host blocks that `rows` hold; with `at_most`, the first ones.
-
-    O(blocks).
-    """
+    """Return the host blocks that `rows` hold; with `at_most`, the first ones. O(blocks)."""
     entries, columns = _entries(table, rows)
     away = entries < NO_BLOCK
     blocks, first = np.unique(-2 - entries[away], return_index=True)

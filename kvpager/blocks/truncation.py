@@ -21,11 +21,7 @@ class Truncation:
         self._state = state
 
     def truncate(self, row: int, length: int) -> None:
-        """Keep the first `length` tokens of a sequence. O(blocks released).
-
-        Raises: `ValueError` if the sequence is shorter, would end in a dropped block, or lacks a
-        block within the window before its end.
-        """
+        """Keep the first `length` tokens of a sequence. O(blocks released)."""
         state, rows = self._state, self._state.rows
         arguments.within_one("length", length, rows.length(row))
         for member, window in zip(rows.rows_of(row), state.windows, strict=True):
@@ -69,10 +65,7 @@ class Truncation:
         state.release(dropped)
 
     def drop_before(self, rows: Int64, starts: Int64) -> None:
-        """Release the blocks that lie wholly before `starts`. O(blocks released).
-
-        Raises: `ValueError` for a start beyond the end, or beyond the first speculative token.
-        """
+        """Release the blocks that lie wholly before `starts`. O(blocks released)."""
         table = self._state.rows
         if self._state.axes:
             raise ValueError("drop_before: not over groups. Their `commit` frees blocks.")

@@ -45,15 +45,15 @@ _BUGS = {
         "move a block and keep one reference": ("self.refs[blocks] = holders", "pass"),
     },
     "kvpager.blocks.sequences": {
-        "accept a freed handle": ("self.generations[row] += 1", "pass"),
+        "accept a freed handle": ("self.generations[first] += 1", "pass"),
         "leave a freed row's table": ("self.tables.release(row)", "pass"),
         "give all new tokens the first new slot": (
             "positions = starts[owners] + ranks(counts)",
             "positions = starts[owners]",
         ),
         "reuse a batch after a free": (
-            "        self.free_rows.append(row)\n        self.epoch += 1",
-            "        self.free_rows.append(row)",
+            "        self.free_rows.append(first)\n        self.epoch += 1",
+            "        self.free_rows.append(first)",
         ),
         "reuse prefixes of another LoRA": (
             "        return self.namespace, self.lora\n",
@@ -88,11 +88,11 @@ _BUGS = {
             "copies[0, 1] = fresh[-1]",
         ),
         "fork without a reference": (
-            "state.share(rows.device_blocks(parent), times)",
-            "state.share(rows.device_blocks(parent), max(times - 1, 0))",
+            "state.pool.share(rows.device_blocks(row), times)",
+            "state.pool.share(rows.device_blocks(row), max(times - 1, 0))",
         ),
         "keep the host blocks of a freed sequence": (
-            "state.release_host(table.host_blocks(row))",
+            "state.host.release(table.host_blocks(row))",
             "pass",
         ),
     },
@@ -113,7 +113,7 @@ _BUGS = {
             "step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]",
             "step.copies[:, 1], step.copies[:, 0] = tails, taken[: len(tails)]",
         ),
-        "copy a block without its ids": ("state.copy_ids(step.copies)", "pass"),
+        "copy a block without its ids": ("state.pool.copy_ids(step.copies)", "pass"),
         "keep the reference to the copied tail": (
             "state.release(blocks, times.astype(np.int32))",
             "pass",
@@ -155,7 +155,7 @@ _BUGS = {
             "state.release(leaving.blocks)",
         ),
         "swap in and keep the host blocks": (
-            "state.release_host(leaving.blocks, leaving.holders)",
+            "state.host.release(leaving.blocks, leaving.holders)",
             "pass",
         ),
         "swap out blocks that other sequences hold": (

@@ -22,9 +22,8 @@ class GroupAllocation(Allocation):
 
     def find(self, who: Prompt, ids: Int32) -> tuple[int, Int32]:
         """Return the prefix of `ids` that all groups have cached. O(tokens * groups)."""
-        hit = self._index.match(who, ids)
-        tables = np.stack([held.table for held in hit.held])
-        return hit.num_blocks * self._state.block_size, tables
+        tables = self._index.match(who, ids).tables
+        return tables.shape[1] * self._state.block_size, tables
 
     def begin(self, who: Prompt, length: int, ids: Int32 | None, reserve: int) -> SequenceHandle:
         """Begin a sequence of `length` tokens. O(tokens * groups).
@@ -36,21 +35,18 @@ class GroupAllocation(Allocation):
         hit = self._index.nothing()
         if ids is not None:
             hit = self._index.match(who, ids[: max(length - 1, 0)])
-        num_cached = hit.num_blocks * size
+        num_shared, shared = hit.tables.shape[1], hit.tables[hit.tables >= 0]
+        num_cached = num_shared * size
         rooms = self._extension.rooms(num_cached, length)
-        counts = [-(-room // size) - hit.num_blocks for room in rooms]
-        shared = np.concatenate([held.blocks for held in hit.held])
+        counts = [-(-room // size) - num_shared for room in rooms]
         owners = state.owners([who] * len(counts), counts)
-        state.refuse_over_quota(owners)
-        if reserve:
-            self._refuse_without_reserve(sum(counts), shared, reserve)
-        state.refuse_beyond_pool(sum(counts))
-        state.reserve(hit.num_blocks + max(counts))
+        state.refuse(sum(counts), owners, shared, reserve)
+        state.reserve(num_shared + max(counts))
         first = rows.free_rows[-1]
         handle = SequenceHandle(state, first, int(rows.generations[first]), num_cached)
         fresh = state.take(sum(counts), owners, shared)
         if len(shared):
-            state.share(shared)
+            state.pool.share(shared)
             state.evictor.policy.touch(shared)
         rows.free_rows.pop()
         parts = np.split(fresh, np.cumsum(counts)[:-1])
@@ -67,10 +63,10 @@ class GroupAllocation(Allocation):
     def _begin_row(
         self, row: int, who: Prompt, fresh: Int32, room: int, ids: Int32 | None, hit: Hit
     ) -> None:
-        state, rows, held = self._state, self._state.rows, hit.held[who.group]
-        start = hit.num_blocks * state.block_size
-        rows.add(row, who, held.table, fresh, room, start, 0 if ids is None else room)
-        rows.first_blocks[row], rows.published[row] = held.first, hit.num_blocks
-        rows.nodes[row] = held.node
+        state, rows, shared = self._state, self._state.rows, hit.tables[who.group]
+        start = len(shared) * state.block_size
+        rows.add(row, who, shared, fresh, room, start, 0 if ids is None else room)
+        rows.first_blocks[row] = np.count_nonzero(shared < 0)
+        rows.nodes[row], rows.published[row] = hit.nodes[who.group], len(shared)
         if ids is not None:
-            state.write_ids(fresh, ids[start:room])
+            state.pool.write_ids(fresh, ids[start:room])

@@ -19,10 +19,10 @@ class GroupCommit(Publication):
     `committed`.
     """
 
-    def __init__(self, state: BlockState, index: WindowIndex, truncation: Truncation) -> None:
+    def __init__(self, state: BlockState, index: WindowIndex) -> None:
         super().__init__(state)
         self._index = index
-        self._truncation = truncation
+        self._truncation = Truncation(state)
         windows = [window for window in state.windows if window is not None]
         self._spans: Int64 = np.array(windows, np.int64)[:, None]
         is_windowed = np.array([window is not None for window in state.windows])

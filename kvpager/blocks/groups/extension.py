@@ -15,7 +15,6 @@ import numpy as np
 from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.state import BlockState
-from kvpager.blocks.truncation import Truncation
 from kvpager.plans import Int32, Int64, Step
 
 
@@ -25,8 +24,8 @@ class GroupExtension(Extension):
     The caller holds the lock. Writes what `Extension` writes, and `waiting`.
     """
 
-    def __init__(self, state: BlockState, truncation: Truncation, max_chunk: int | None) -> None:
-        super().__init__(state, truncation)
+    def __init__(self, state: BlockState, max_chunk: int | None) -> None:
+        super().__init__(state)
         self._max_chunk = max_chunk if any(state.windows) else None
 
     def rooms(self, start: int, length: int) -> list[int]:
@@ -43,10 +42,7 @@ class GroupExtension(Extension):
     def append(
         self, sequences: Int64, num_new: int | Int64, ids: Int32 | None, speculative: bool
     ) -> Step:
-        """Make room for `num_new` more tokens of each sequence. O(tokens * groups).
-
-        Raises: `OutOfBlocks`; `ValueError` for speculative tokens that get no slots.
-        """
+        """Make room for `num_new` more tokens of each sequence. O(tokens * groups)."""
         rows, groups = self._state.rows, self._state.rows.num_groups
         members = rows.members(sequences)
         is_long = self._max_chunk is not None and np.max(num_new, initial=0) > self._max_chunk
@@ -95,10 +91,7 @@ class GroupExtension(Extension):
         return replace(step, slots=slots)
 
     def open(self, first: int, stop: int) -> None:
-        """Take the missing blocks of a sequence's first `stop` tokens. O(tokens).
-
-        Raises: `OutOfBlocks`.
-        """
+        """Take the missing blocks of a sequence's first `stop` tokens. O(tokens)."""
         table, length = self._state.rows, self._state.rows.length(first)
         if first not in table.waiting_ids:
             return
@@ -118,10 +111,7 @@ class GroupExtension(Extension):
             del table.waiting_ids[first]
 
     def accept(self, sequences: Int64, kept: Int64, ids: Int32 | None) -> None:
-        """Keep the first `kept` speculative tokens of each sequence. O(tokens * groups).
-
-        Raises: `ValueError` for ids of tokens that a fork shares.
-        """
+        """Keep the first `kept` speculative tokens of each sequence. O(tokens * groups)."""
         rows, groups = self._state.rows, self._state.rows.num_groups
         theirs = None if ids is None else np.tile(ids, groups)
         super().accept(rows.members(sequences), np.tile(kept, groups), theirs)

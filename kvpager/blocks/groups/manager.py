@@ -24,7 +24,6 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.state import BlockState
-from kvpager.blocks.truncation import Truncation
 from kvpager.plans import Int64
 
 
@@ -73,11 +72,9 @@ class GroupedManager(BlockManager):
         if max_chunk is not None:
             max_chunk = arguments.count("max_chunk", max_chunk, at_least=1)
         state = BlockState(num_blocks, block_size, num_host_blocks, eviction, windows=windows)
-        index, truncation = WindowIndex(state), Truncation(state)
-        self._opening = extension = GroupExtension(state, truncation, max_chunk)
-        allocation = GroupAllocation(state, index, extension)
-        publication = GroupCommit(state, index, truncation)
-        self._assemble(state, truncation, allocation, extension, publication, max_chunk)
+        index, self._opening = WindowIndex(state), GroupExtension(state, max_chunk)
+        allocation = GroupAllocation(state, index, self._opening)
+        self._assemble(state, allocation, self._opening, GroupCommit(state, index), max_chunk)
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).

@@ -13,40 +13,26 @@ by its own rank, before blocks that are still in use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
 from kvpager.blocks.mm_hashes import MMHashes, Tag
-from kvpager.blocks.radix import Node, key_of
+from kvpager.blocks.radix import Node, TreeKey, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.windows import first_needed
-from kvpager.plans import NO_BLOCKS, Int32
+from kvpager.plans import Int32
 
 _FRONT = bytes(32)  # the digest before the first token
-
-
-class Held(NamedTuple):
-    """Blocks of one group that a new sequence shares, from block `first` on."""
-
-    first: int
-    blocks: Int32
-    node: Node | None = None  # of the last block, in a group without a window
-
-    @property
-    def table(self) -> Int32:
-        """Return the block table, -1 before `first`. O(blocks)."""
-        return np.concatenate([np.full(self.first, -1, np.int32), self.blocks])
 
 
 class Hit(NamedTuple):
     """The cached prefix of a prompt, in whole blocks."""
 
-    num_blocks: int
-    held: list[Held]  # of each group
+    tables: Int32  # [groups, blocks], -1 behind a window
+    nodes: list[Node | None]  # of the last block, in groups without a window
     digests: list[bytes]  # of the prompt's blocks
 
 
@@ -62,71 +48,60 @@ class WindowIndex:
 
     # ---------------------------------------------------------------- look up
 
+    def nothing(self) -> Hit:
+        """Return an empty hit. O(groups)."""
+        num_groups = len(self._windows)
+        return Hit(np.empty((num_groups, 0), np.int32), [None] * num_groups, [])
+
     def match(self, prompt: Prompt, ids: Int32) -> Hit:
         """Return the longest prefix of `ids` that every group can serve. O(tokens)."""
-        state, most = self._state, len(ids) // self._state.block_size
-        who = [prompt._replace(group=group) for group in range(len(self._windows))]
-        found: list[tuple[Int32, Node | None]] = []
-        for member, window in zip(who, self._windows, strict=True):
+        state, size, hit = self._state, self._state.block_size, self.nothing()
+        most, runs = len(ids) // size, dict[int, Int32]()
+        trees = [prompt._replace(group=group).tree for group in range(len(self._windows))]
+        for group, window in enumerate(self._windows):
             if window is None:
-                match = state.index.match(
-                    member.tree, ids[: most * state.block_size], member.mm_hashes
-                )
+                match = state.index.match(trees[group], ids[: most * size], prompt.mm_hashes)
+                runs[group], hit.nodes[group] = match.blocks, match.node
                 most = min(most, len(match.blocks))
-                found.append((match.blocks, match.node))
-            else:
-                found.append((NO_BLOCKS, None))
-        if not most or not self._is_known(who):
+        if not most or any(tree not in state.forest.roots for tree in trees):
             return self.nothing()
-        if not any(self._windows):
-            return Hit(most, [Held(0, blocks[:most], node) for blocks, node in found], [])
-        blocks = ids[: most * state.block_size].reshape(most, -1)
-        digests: list[bytes] = []
-        self._extend(digests, blocks, prompt.mm_hashes)
-        keys = [
-            key_of(block, self._tag(digest)) for block, digest in zip(blocks, digests, strict=True)
-        ]
-        most, published = self._common(who, keys)
-        held = []
-        for (run, node), blocks_of, window in zip(found, published, self._windows, strict=True):
-            if window is None:
-                held.append(Held(0, run[:most], node))
-            else:
-                first = first_needed(most * state.block_size, window, state.block_size)
-                held.append(Held(first, blocks_of[first:most].copy()))
-        return Hit(most, held, digests) if most else self.nothing(digests)
+        tables = np.full((len(trees), most), -1, np.int32)
+        for group, run in runs.items():
+            tables[group] = run[:most]
+        if any(self._windows):
+            blocks = ids[: most * size].reshape(most, -1)
+            self._extend(hit.digests, blocks, prompt.mm_hashes)
+            keys = [
+                key_of(tokens, self._tag(digest))
+                for tokens, digest in zip(blocks, hit.digests, strict=True)
+            ]
+            most = self._find_common(trees, keys, tables)
+        for table, window in zip(tables, self._windows, strict=True):
+            table[: first_needed(most * size, window, size)] = -1
+        return hit._replace(tables=tables[:, :most])
 
-    def _is_known(self, who: Sequence[Prompt]) -> bool:
-        roots = self._state.forest.roots
-        return all(prompt.tree in roots for prompt in who)
-
-    def nothing(self, digests: Sequence[bytes] = ()) -> Hit:
-        """Return an empty hit. O(groups)."""
-        return Hit(0, [Held(0, NO_BLOCKS) for _ in self._windows], list(digests))
-
-    def _common(self, who: Sequence[Prompt], keys: list[object]) -> tuple[int, list[Int32]]:
-        """Return how many blocks all groups with a window can serve, and these blocks."""
-        published = [np.full(len(keys), -1, np.int32) for _ in who]
+    def _find_common(self, trees: list[TreeKey], keys: list[object], tables: Int32) -> int:
+        """Return how many blocks all groups with a window can serve; write them to `tables`."""
         most, agreed = len(keys), -1
         while most != agreed:
             agreed = most
-            for prompt, window, blocks in zip(who, self._windows, published, strict=True):
+            for tree, window, table in zip(trees, self._windows, tables, strict=True):
                 if window is not None:
-                    most = self._served(prompt, window, keys[:most], blocks)
-        return most, published
+                    most = self._find(tree, window, keys[:most], table)
+        return most
 
-    def _served(self, who: Prompt, window: int, keys: list[object], blocks: Int32) -> int:
+    def _find(self, tree: TreeKey, window: int, keys: list[object], table: Int32) -> int:
         """Return the longest prefix, in blocks, whose last window a group has.
 
-        From the last block to the front; what is found is noted in `blocks`.
+        From the last block to the front; what is found is written to `table`.
         """
-        size, index, tree = self._state.block_size, self._state.index, who.tree
+        size, index = self._state.block_size, self._state.index
         end = len(keys)
         first = first_needed(end * size, window, size)
         for position in range(len(keys) - 1, -1, -1):
-            if blocks[position] < 0:
-                blocks[position] = index.find_first(tree, keys[position])
-            if blocks[position] < 0:
+            if table[position] < 0:
+                table[position] = index.find_first(tree, keys[position])
+            if table[position] < 0:
                 end = position
                 first = first_needed(end * size, window, size)
             elif position <= first:
