@@ -63,12 +63,12 @@ class Accounts:
     """Accounts by number. Namespaces without a quota share account 0."""
 
     def __init__(self, num_blocks: int) -> None:
+        self._begin(num_blocks)
+
+    def _begin(self, num_blocks: int) -> None:
         self.limits: dict[str | None, Quota] = {}
         self.numbers: dict[str | None, int] = {}
         self._owner: Int32 = np.zeros(num_blocks, np.int32)
-        self._begin()
-
-    def _begin(self) -> None:
         self._accounts = {0: Account(None, NO_QUOTA)}
         self._last_number = 0
         self._unmet = self._guarded = 0  # of all accounts
@@ -86,9 +86,7 @@ class Accounts:
 
     def recount(self, limits: dict[str | None, Quota], pool: BlockPool, owned: Owned) -> None:
         """Recount under these quotas; `owned` are all blocks in use. O(blocks)."""
-        self.limits, self.numbers = {}, {}
-        self._owner = np.zeros(pool.num_blocks, np.int32)
-        self._begin()
+        self._begin(pool.num_blocks)
         shared = self._accounts[0]
         shared.used = int(np.count_nonzero(pool.in_use()))
         shared.evictable = pool.num_evictable

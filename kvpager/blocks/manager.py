@@ -90,7 +90,6 @@ class BlockManager:
         allocation: Allocation,
         extension: Extension,
         publication: Publication,
-        max_chunk: int | None = None,
     ) -> None:
         self._state = state
         self.windows: tuple[int | None, ...] = state.windows
@@ -98,7 +97,7 @@ class BlockManager:
         self.num_host_blocks: int = state.host.num_blocks
         self.quotas = Quotas(state)
         self.copies = Copies(state)
-        self.queries = Queries(state, allocation, max_chunk)
+        self.queries = Queries(state, allocation)
         self._allocation, self._extension, self._publication = allocation, extension, publication
         self._truncation, self._swap, self._resize = Truncation(state), Swap(state), Resize(state)
 
@@ -165,8 +164,7 @@ class BlockManager:
     ) -> int | PrefixMatch:
         """Return how many leading tokens of `prompt` are cached; with `blocks`, a `PrefixMatch`.
 
-        Advisory only: the blocks may be evicted before `allocate`. O(tokens). Raises: as
-        `allocate`.
+        Advisory only: blocks may be evicted before `allocate`. O(tokens). Raises: as `allocate`.
         """
         return self.queries.match_prefix(prompt, namespace, lora, mm_hashes, blocks)
 
@@ -447,9 +445,6 @@ class BlockManager:
         return self.queries.stats()
 
     def check(self) -> None:
-        """Check all invariants, see `invariants.py`. O(blocks + tokens).
-
-        Raises: `BrokenInvariant`, which names the broken invariant: a bug, never a full pool.
-        """
+        """Raise `BrokenInvariant` if an invariant is broken: a bug. O(blocks + tokens)."""
         with self._state.lock, self._state.change:
             invariants.check(self._state)

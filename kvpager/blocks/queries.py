@@ -21,8 +21,8 @@ from kvpager.plans import Int32, Int64
 class Queries:
     """The read-only methods of a `BlockManager`, which documents most of them."""
 
-    def __init__(self, state: BlockState, allocation: Allocation, max_chunk: int | None) -> None:
-        self._state, self._allocation, self._max_chunk = state, allocation, max_chunk
+    def __init__(self, state: BlockState, allocation: Allocation) -> None:
+        self._state, self._allocation = state, allocation
 
     # ---------------------------------------------------------------- sequences
 
@@ -36,7 +36,7 @@ class Queries:
     def blocks_for(self, num_tokens: int) -> int:
         """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups)."""
         state = self._state
-        return blocks_for(num_tokens, state.block_size, state.windows, self._max_chunk)
+        return blocks_for(num_tokens, state.block_size, state.windows, state.max_chunk)
 
     def owns(self, sequence: SequenceHandle) -> bool:
         """Return True if the handle is of this manager and not freed. O(1)."""

@@ -54,6 +54,7 @@ class BlockState:
         fences: bool = False,
         num_events: int = 0,
         windows: tuple[int | None, ...] | None = None,
+        max_chunk: int | None = None,
     ) -> None:
         arguments.flag("null_block", null_block)
         arguments.flag("fences", fences)
@@ -75,7 +76,7 @@ class BlockState:
         self.forest = Forest(self.pool)
         self.evictor = Evictor(self.forest, policy, self.log)
         self.index = PrefixIndex(self.forest, self.evictor, self.log)
-        self.windows = windows or (None,)
+        self.windows, self.max_chunk = windows or (None,), max_chunk
         self.axes = () if windows is None else (len(windows),)  # before those of tables and slots
         self.rows = SequenceTable(self.block_size, self.windows)
         self.fences = Fences(self.pool, self.host, is_on=fences)

@@ -24,9 +24,9 @@ class GroupExtension(Extension):
     The caller holds the lock. Writes what `Extension` writes, and `waiting`.
     """
 
-    def __init__(self, state: BlockState, max_chunk: int | None) -> None:
+    def __init__(self, state: BlockState) -> None:
         super().__init__(state)
-        self._max_chunk = max_chunk if any(state.windows) else None
+        self._max_chunk = state.max_chunk if any(state.windows) else None
 
     def rooms(self, start: int, length: int) -> list[int]:
         """Return how many tokens get blocks in each group when `start` are computed. O(groups)."""

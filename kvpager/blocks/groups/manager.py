@@ -71,10 +71,11 @@ class GroupedManager(BlockManager):
             raise ValueError("windows=(): expected one for each group. Pass (None,) for one group.")
         if max_chunk is not None:
             max_chunk = arguments.count("max_chunk", max_chunk, at_least=1)
-        state = BlockState(num_blocks, block_size, num_host_blocks, eviction, windows=windows)
-        index, self._opening = WindowIndex(state), GroupExtension(state, max_chunk)
+        sizes = num_blocks, block_size, num_host_blocks
+        state = BlockState(*sizes, eviction, windows=windows, max_chunk=max_chunk)
+        index, self._opening = WindowIndex(state), GroupExtension(state)
         allocation = GroupAllocation(state, index, self._opening)
-        self._assemble(state, allocation, self._opening, GroupCommit(state, index), max_chunk)
+        self._assemble(state, allocation, self._opening, GroupCommit(state, index))
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).
