@@ -12,12 +12,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-from kvpager.plans import Int32
+from kvpager.plans import NO_BLOCKS, Int32
 
 Kind = Literal["stored", "removed", "evicted", "copied", "moved", "lost"]
-_NONE: Int32 = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +29,7 @@ class Event:
 
     number: int
     kind: Kind
-    blocks: Int32 = field(default_factory=lambda: _NONE)
+    blocks: Int32 = field(default_factory=lambda: NO_BLOCKS)
     namespace: str | None = None
     lora: str | None = None
     parent: int = -1

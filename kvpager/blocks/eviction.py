@@ -187,8 +187,8 @@ class Evictor:
         best = self._queues.lowest(self._next, left)
         if best is not None:
             return best
-        for number in self._queues:
-            if self._queues[number].deferred and left(number) > 0:
+        for number, queue in self._queues.items():
+            if queue.deferred and left(number) > 0:
                 return number, None, np.inf
         raise BrokenInvariant("prefix index: fewer blocks are evictable than the pool counts")
 
@@ -264,7 +264,7 @@ class Evictor:
 
     def queues(self) -> list[Queue[Node]]:
         """Return the queues of all accounts. O(accounts)."""
-        return [self._queues[number] for number in self._queues]
+        return list(self._queues.values())
 
     def queue(self, namespace: str | None) -> Queue[Node]:
         """Return the queue of a namespace's blocks. O(1)."""
@@ -272,8 +272,8 @@ class Evictor:
 
     def requeue(self) -> None:
         """Queue all nodes again, by their current ranks. O(n log n)."""
-        for number in self._queues:
-            self._queues[number].clear()
+        for queue in self._queues.values():
+            queue.clear()
         for node in self._forest.walk():
             if node.parent is not None:
                 self.enqueue_node(node)
@@ -297,7 +297,7 @@ class Evictor:
         """Move a namespace's nodes to the queue of namespaces without a quota. O(its nodes)."""
         number = self._queue_of.pop(namespace)
         self._queue_again(namespace)
-        self._queues.drop(number)
+        del self._queues[number]
 
     def _queue_again(self, namespace: str | None) -> None:
         queue = self.queue(namespace)
@@ -308,12 +308,12 @@ class Evictor:
                 node.queue = queue
                 self.enqueue_node(node)
 
-    def check_queues(self, is_open: Callable[[int], bool]) -> None:
-        """Raise `BrokenInvariant` unless eviction considers each open queue. O(queues)."""
-        self._queues.check(is_open)
+    def check(self, is_open: Callable[[int], bool]) -> None:
+        """Raise `BrokenInvariant` unless each idle block can be evicted. O(blocks).
 
-    def check(self) -> None:
-        """Raise `BrokenInvariant` unless each idle block can be evicted. O(blocks)."""
+        `is_open` returns True for a queue whose blocks are evictable.
+        """
+        self._queues.check(is_open)
         for node in self._forest.walk():
             if node.parent is not None:
                 self._check_node(node)

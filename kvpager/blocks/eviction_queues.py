@@ -93,7 +93,7 @@ class Queue(Generic[T]):
         self.deferred.pop(node, None)
 
 
-class Queues(Generic[T]):
+class Queues(dict[int, Queue[T]]):
     """The queues of all accounts by number, in the order of their first nodes' ranks.
 
     A heap lists each queue by a lower bound of its first node's rank. A node that ranks lower lists
@@ -101,39 +101,26 @@ class Queues(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._by_number: dict[int, Queue[T]] = {}
+        super().__init__()
         self._fronts: list[tuple[float, int]] = []
         self.add(0)
 
-    def __getitem__(self, number: int) -> Queue[T]:
-        return self._by_number[number]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._by_number)
-
-    def add(self, number: int) -> Queue[T]:
-        """Add an empty queue and return it. O(1)."""
-        queue = self._by_number[number] = Queue[T](partial(self._note, number))
-        return queue
-
-    def drop(self, number: int) -> None:
-        """Remove a queue without nodes. O(1)."""
-        del self._by_number[number]
+    def add(self, number: int) -> None:
+        """Add an empty queue. O(1)."""
+        self[number] = Queue(partial(self._note, number))
 
     def _note(self, number: int, queue: Queue[T], rank: float) -> None:
         queue.listed = rank
         heapq.heappush(self._fronts, (rank, number))
-        if len(self._fronts) > 2 * len(self._by_number) + _OUTDATED_MAX:
+        if len(self._fronts) > 2 * len(self) + _OUTDATED_MAX:
             self._fronts = [
-                (queue.listed, number)
-                for number, queue in self._by_number.items()
-                if queue.listed < np.inf
+                (queue.listed, number) for number, queue in self.items() if queue.listed < np.inf
             ]
             heapq.heapify(self._fronts)
 
     def relist(self, number: int) -> None:
         """List a queue again after it was empty or had no allowance. Amortised O(log n)."""
-        queue = self._by_number[number]
+        queue = self[number]
         first = queue.first()
         if first is not None and first[0] < queue.listed:
             self._note(number, queue, first[0])
@@ -161,7 +148,7 @@ class Queues(Generic[T]):
         fronts = self._fronts
         while fronts:
             rank, number = fronts[0]
-            queue = self._by_number.get(number)
+            queue = self.get(number)
             if queue is None or queue.listed != rank:
                 heapq.heappop(fronts)
                 continue
@@ -178,7 +165,7 @@ class Queues(Generic[T]):
 
     def check(self, is_open: Callable[[int], bool]) -> None:
         """Raise `BrokenInvariant` unless each queue with evictable blocks is listed. O(queues)."""
-        for number, queue in self._by_number.items():
+        for number, queue in self.items():
             first = queue.first()
             if first is not None and is_open(number) and queue.listed > first[0]:
                 raise BrokenInvariant(f"eviction: queue {number} is not listed by its first node")

@@ -13,9 +13,7 @@ import numpy as np
 from kvpager._validate import is_int
 from kvpager.blocks.pool import BlockPool, Blocks
 from kvpager.errors import BrokenInvariant
-from kvpager.plans import Int32, Tier
-
-_NONE: Int32 = np.empty(0, np.int32)
+from kvpager.plans import NO_BLOCKS, Int32, Tier
 
 
 class Fences:
@@ -39,7 +37,7 @@ class Fences:
         """Hold the blocks of these copies until `complete`. O(copies)."""
         if not ticket:
             return
-        kept = {"device": _NONE, "host": _NONE}
+        kept = {"device": NO_BLOCKS, "host": NO_BLOCKS}
         for side, tier in enumerate((source, destination)):
             kept[tier] = np.union1d(kept[tier], copies[:, side])
         # After a shrink the sources lie outside the pool, so no call can take them.
@@ -87,6 +85,6 @@ class Fences:
         if max([*self.in_flight, *self.pins], default=0) > self.last_ticket:
             raise BrokenInvariant("fences: a ticket is open that was never issued")
         for pool, kept in ((self._device, device), (self._host, host)):
-            holds = np.bincount(np.concatenate([_NONE, *kept]), minlength=pool.num_blocks)
+            holds = np.bincount(np.concatenate([NO_BLOCKS, *kept]), minlength=pool.num_blocks)
             if not np.array_equal(holds, pool.holds):
                 raise BrokenInvariant("fences: the holds of the pool differ from the open tickets")

@@ -39,7 +39,7 @@ def check(state: BlockState) -> None:
     if state.axes:
         _check_groups(state)
     state.accounts.check(device, state.owned())
-    state.evictor.check_queues(state.accounts.is_known_open)
+    state.evictor.check(state.accounts.is_known_open)
 
 
 def _check_groups(state: BlockState) -> None:

@@ -258,6 +258,5 @@ class PrefixIndex:
     def check(self) -> None:
         """Raise `BrokenInvariant` unless trees, look-up and pool agree. O(blocks)."""
         self._forest.check()
-        self._evictor.check()
         if self.arrivals:
             raise BrokenInvariant("prefix index: its blocks are not the cached blocks of the pool")
