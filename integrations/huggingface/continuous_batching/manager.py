@@ -217,7 +217,7 @@ class PagedBatchingManager(ContinuousBatchingManager):
         engine = self.batch_processor
         if engine is not None and engine.is_paused_here:
             raise RuntimeError("stop() inside pause would never return. Leave the pause first.")
-        # Nobody waits for the outputs of an interrupted `generate_batch`.
+        # An interrupted `generate_batch` does not return its outputs.
         is_abandoned = self.ends_with_call and not isinstance(sys.exception(), Exception | None)
         with self._changed:
             wanted = Status.HARD_STOP if hard_stop or is_abandoned else Status.FLUSH_AND_STOP

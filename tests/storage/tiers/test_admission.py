@@ -92,4 +92,4 @@ def test_refused_keys_are_remembered_for_a_while() -> None:
     keys = [bytes([number]) for number in range(9)]
     assert not any(admission.admits(key, has_room=False) for key in keys)
     assert admission.admits(keys[8], has_room=False)
-    assert not admission.admits(keys[0], has_room=False)  # so many keys later
+    assert not admission.admits(keys[0], has_room=False)  # forgotten after eight other keys
