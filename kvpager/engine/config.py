@@ -14,6 +14,7 @@ from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Seal
+from kvpager.storage.tiers.urls import checked_tiers
 
 _BESIDE = ("tokenizer", "on_step")  # arguments of `Engine` that are no settings
 _CUDA_GRAPHS = "triton.cudagraphs"
@@ -100,7 +101,7 @@ class EngineConfig:
         arguments.label("model_id", self.model_id)
         if self.seal is not None and not callable(getattr(self.seal, "unseal", None)):
             raise TypeError(f"seal={arguments.shown(self.seal)}: expected a Seal or None.")
-        if self.tiers and not self.prefix_cache:
+        if checked_tiers(self.tiers) and not self.prefix_cache:
             raise ValueError("tiers: they keep cached prefixes. Leave out prefix_cache=False.")
         for name in ("seal", "model_id"):
             if not self.tiers and getattr(self, name) is not None:

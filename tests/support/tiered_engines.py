@@ -21,6 +21,7 @@ from kvpager.engine.stream import Output
 from kvpager.integrations.huggingface.runner import tiers as opening
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.keys import content_keys
+from kvpager.storage.tiers.protocol import StoreStats
 from kvpager.storage.tiers.tiering import Tiering
 from kvpager.testing import tiny_llama_path
 
@@ -84,6 +85,13 @@ def tiering_of(engine: Engine) -> Tiering:
     fetching = engine._core._fetching
     assert fetching is not None
     return fetching._tiering
+
+
+def store_stats(engine: Engine) -> StoreStats:
+    """Return the counts of the engine's first store."""
+    tiering = engine.stats().tiers
+    assert tiering is not None
+    return tiering.tiers[0].store
 
 
 def keys_of(engine: Engine, number: int = 0) -> list[bytes]:

@@ -78,8 +78,13 @@ class Saver:
 
     def submit(self, blocks: Sequence[StagedBlock]) -> None:
         """Offer blocks to their stores soon; then give their slots back. O(1)."""
-        work = self._thread.submit(self._save, blocks)
-        work.add_done_callback(lambda _: self._on_end())
+        try:
+            work = self._thread.submit(self._save, blocks)
+        except RuntimeError:  # the interpreter ends, and executors take no more work
+            self._save(blocks)
+            self._on_end()
+        else:
+            work.add_done_callback(lambda _: self._on_end())
 
     def forget(self, namespace: str) -> Future[int]:
         """Drop the known blocks of a namespace from all stores, after the saves before. O(1)."""

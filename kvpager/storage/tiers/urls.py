@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from kvpager import _validate as arguments
+from kvpager.blocks.cached import NUM_STORES_MAX
 from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.host import HostStore
 from kvpager.storage.tiers.layout import BlockLayout
@@ -63,12 +64,9 @@ def open_stores(
     If one cannot be opened, those that this call opened are closed. Raises: as `open_store`, and
     `ValueError` for a store of blocks of another size.
     """
-    listed = [tiers] if isinstance(tiers, str) or _is_store(tiers) else tiers
-    if not isinstance(listed, Sequence):
-        raise TypeError(f"tiers={arguments.shown(tiers)}: expected URLs or stores")
     stores, opened = list[BlockStore](), list[BlockStore]()
     try:
-        for tier in listed:
+        for tier in checked_tiers(tiers):
             if isinstance(tier, str):
                 opened.append(_open("tiers", tier, layout, seal))
                 stores.append(opened[-1])
@@ -81,32 +79,49 @@ def open_stores(
     return stores
 
 
+def checked_tiers(
+    tiers: str | BlockStore | Sequence[str | BlockStore],
+) -> tuple[str | BlockStore, ...]:
+    """Return `tiers` one by one, after checks that open none. O(tiers).
+
+    Raises: `ValueError`, `TypeError` for an unknown scheme, another type or more than 7 tiers.
+    """
+    listed: Any = [tiers] if isinstance(tiers, str) or _is_store(tiers) else tiers
+    if not isinstance(listed, Sequence):
+        raise TypeError(f"tiers={arguments.shown(tiers)}: expected URLs or stores")
+    if len(listed) > NUM_STORES_MAX:
+        raise ValueError(f"tiers: expected at most {NUM_STORES_MAX}, got {len(listed)}")
+    for tier in listed:
+        if isinstance(tier, str):
+            _factory("tiers", tier)
+        elif not _is_store(tier):
+            raise TypeError(f"tiers={arguments.shown(tier)}: expected a URL or a BlockStore")
+    return tuple(listed)
+
+
 def _is_store(value: object) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("find", "load", "save"))
 
 
-def _taken(store: Any, layout: BlockLayout) -> BlockStore:
-    if not _is_store(store):
-        raise TypeError(f"tiers={arguments.shown(store)}: expected a URL or a BlockStore")
+def _taken(store: BlockStore, layout: BlockLayout) -> BlockStore:
     if store.block_bytes != layout.block_bytes:
         raise ValueError(
             f"tiers: the store {store.name!r} has blocks of {store.block_bytes} bytes, expected "
             f"{layout.block_bytes}. Open it with the layout of this cache."
         )
-    taken: BlockStore = store
-    return taken
+    return store
 
 
 def _open(argument: str, url: str, layout: BlockLayout, seal: Seal | None) -> BlockStore:
     if not isinstance(url, str):
         raise TypeError(f"{argument}={arguments.shown(url)}: expected a URL such as {_EXAMPLES}")
+    return _factory(argument, url)(url, layout=layout, seal=seal)
+
+
+def _factory(argument: str, url: str) -> StoreFactory:
     scheme, colon, _ = url.partition(":")
     if not colon:
         raise ValueError(f"{argument}={_shown(url)}: expected a store's URL, such as {_EXAMPLES}")
-    return _factory(argument, url, scheme)(url, layout=layout, seal=seal)
-
-
-def _factory(argument: str, url: str, scheme: str) -> StoreFactory:
     if scheme in _FACTORIES:
         return _FACTORIES[scheme]
     # A package cannot take over a scheme of kvpager.

@@ -18,7 +18,7 @@ from tests.support.tiered_engines import (
     evict_found_blocks,
     in_a_process,
     keys_of,
-    tiering_of,
+    store_stats,
     without_tiers,
 )
 from tests.support.valkey_blocks import FRAME_AT
@@ -57,7 +57,7 @@ def read(url: str) -> dict[str, Any]:
         found["tenant"] = told(ask(engine, namespace="other"))
         evict_found_blocks(engine, EVICTED, first=2)
         found[str(EVICTED)] = told(ask(engine, EVICTED))
-        assert tiering_of(engine).stores[0].stats().bad == 2
+        assert store_stats(engine).bad == 2
     for name, (make, options) in OTHERS.items():
         other = make()
         with engine_over(other, url, **options) as engine:

@@ -23,7 +23,7 @@ from tests.support.tiered_engines import (  # noqa: E402
     engine_over,
     evict_found_blocks,
     in_a_process,
-    tiering_of,
+    store_stats,
     without_tiers,
 )
 from tests.support.tiny_models import tiny_model  # noqa: E402
@@ -167,7 +167,7 @@ def test_a_flipped_bit_is_not_served(
             segment.write_bytes(content)
     with engine_over(model, disk) as engine:
         output = ask(engine)
-        assert tiering_of(engine).stores[0].stats().bad > 0
+        assert store_stats(engine).bad > 0
     assert (output.token_ids, output.num_cached_tokens) == (tokens, 0)
 
 
@@ -189,8 +189,7 @@ def test_a_model_that_changes_uses_no_tier_any_more(disk: str) -> None:
         with torch.no_grad():
             model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
         outputs = [ask(engine, number) for number in (0, 1)]
-        [store] = tiering_of(engine).stores
-        assert store.stats().saved == 0
+        assert store_stats(engine).saved == 0
     assert [output.cached_tokens_by_tier for output in outputs] == [{}, {}]
     assert outputs[0].token_ids == without_tiers(model)
 
@@ -222,12 +221,41 @@ def test_a_model_with_a_hook_needs_a_name(tmp_path: Path) -> None:
         pass
 
 
+def test_a_model_whose_changes_go_unnoticed_is_refused(disk: str) -> None:
+    model = bundled()
+    factors = iter([1.0] * 1000)
+    model.model.layers[0].mlp.register_forward_hook(lambda *call: call[2] * next(factors))
+    with pytest.raises(KVPagerError, match="tiers: LlamaForCausalLM shares no prefixes: "):
+        Engine(model, memory="4MiB", tiers=disk, model_id="mine@1")
+
+
+def test_a_model_that_changes_while_its_engine_is_made_is_refused(
+    disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bundled()
+
+    def name_and_change(named: Any) -> str:
+        with torch.no_grad():
+            named.lm_head.weight.mul_(1.5)
+        return "a name"
+
+    monkeypatch.setattr("kvpager.integrations.huggingface.runner.tiers.model_id", name_and_change)
+    with pytest.raises(KVPagerError, match="the model changed while its engine was made"):
+        Engine(model, memory="4MiB", tiers=disk)
+    monkeypatch.undo()
+    with Engine(model, memory="4MiB", tiers=disk):  # the directory is in use no more
+        pass
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({"seal": object(), "tiers": "host:1MiB"}, TypeError, "seal=.*expected a Seal"),
         ({"model_id": "a@1"}, ValueError, "model_id: of use with tiers only"),
         ({"model_id": "", "tiers": "host:1MiB"}, ValueError, "model_id"),
+        ({"tiers": ["host:1MiB", "floppy:a"]}, ValueError, "no store is called 'floppy'"),
+        ({"tiers": 5}, TypeError, "tiers=5: expected URLs or stores"),
+        ({"tiers": ["host:1MiB"] * 8}, ValueError, "tiers: expected at most 7, got 8"),
         ({"tiers": "host:1MiB", "prefix_cache": False}, ValueError, "Leave out prefix_cache=False"),
     ],
 )
@@ -239,8 +267,8 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 def test_a_tier_that_cannot_be_opened_leaves_none_open(model: Any, disk: str) -> None:
-    with pytest.raises(ValueError, match="no store is called 'floppy'"):
-        Engine(model, memory="4MiB", tiers=[disk, "floppy:a"])
+    with pytest.raises(ValueError, match="capacity"):
+        Engine(model, memory="4MiB", tiers=[disk, "host:lots"])
     with Engine(model, memory="4MiB", tiers=[disk]):
         pass
 
@@ -249,8 +277,7 @@ def test_a_tier_that_cannot_be_opened_leaves_none_open(model: Any, disk: str) ->
 
 
 def save_in_a_process(disk: str) -> list[int]:
-    with engine_over(bundled(), disk) as engine:
-        return ask(engine).token_ids
+    return ask(Engine(bundled(), memory="4MiB", tiers=disk)).token_ids  # closed at exit
 
 
 def read_in_a_process(disk: str) -> dict[str, Any]:
