@@ -23,6 +23,11 @@ class LiveSequence:
     is_swapped: bool = False
 
 
+def copies_of(call: Callable[..., Iterable[tuple[int, int]]], *arguments: Any) -> list[Any]:
+    """Return the copies that a call yields. O(copies)."""
+    return list(call(*arguments))
+
+
 class AdapterHarness:
     """Drives a manager through its adapter, and checks the properties in `watch`.
 
@@ -31,7 +36,7 @@ class AdapterHarness:
     """
 
     def __init__(self, adapter: ManagerAdapter, watch: Iterable[str] = PROPERTIES) -> None:
-        self.adapter = adapter
+        self.adapter: Any = adapter  # it may lack optional methods
         self.watch = frozenset(name for name in watch if is_supported(name, adapter))
         self.rows: list[LiveSequence] = []
         self.freed: list[Any] = []
@@ -52,8 +57,7 @@ class AdapterHarness:
     def finish(self) -> None:
         """Free all sequences, then check that all blocks are available. O(everything)."""
         while self.rows:
-            handle = self.rows.pop().handle
-            self.attempt(lambda handle=handle: self.adapter.free(handle), 0)  # type: ignore[misc]
+            self.attempt(0, self.adapter.free, self.rows.pop().handle)
         self.inspect()
 
     # ---------------------------------------------------------------- for operations
@@ -74,13 +78,13 @@ class AdapterHarness:
 
     def table(self, row: LiveSequence) -> list[int]:
         """Return a sequence's blocks as ints. O(blocks)."""
-        blocks = self.call("served_when_it_fits", lambda: self.adapter.block_table(row.handle))
+        blocks = self.call("served_when_it_fits", self.adapter.block_table, row.handle)
         return [int(block) for block in blocks]
 
-    def call(self, name: str, function: Callable[[], Any]) -> Any:
+    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the result of a call. An error violates the property `name`."""
         try:
-            return function()
+            return function(*arguments)
         except Exception as error:
             self.report(name, f"raised {error!r}")
             raise Ended from error
@@ -93,6 +97,11 @@ class AdapterHarness:
         """Return the visible state. O(held blocks)."""
         return self.num_free(), [self.table(row) for row in self.resident()]
 
+    def copy_for(self, handle: Any) -> None:
+        """Apply the block copies that a new sequence requires. O(copies)."""
+        if hasattr(self.adapter, "copies"):
+            self.copy(self.call("reads_back", copies_of, self.adapter.copies, handle))
+
     def copy(
         self, pairs: list[tuple[int, int]], source: str = "device", to: str = "device"
     ) -> None:
@@ -104,20 +113,13 @@ class AdapterHarness:
                 raise Ended
         self.memory.copy(pairs, source, to)
 
-    def attempt(
-        self, function: Callable[[], Any], most: int, *, is_empty: bool = False
-    ) -> tuple[bool, Any]:
-        """Make a valid call that takes at most `most` blocks; return (was served, result).
-
-        A call without tokens (`is_empty`) may raise any error.
-        """
-        if is_empty:
-            return self._attempt_empty(function)
+    def attempt(self, most: int, function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
+        """Make a valid call that takes at most `most` blocks; return (was served, result)."""
         free = self.num_free()
         # A refusal despite enough free blocks always violates a property.
         before = self.snapshot() if most > free else None
         try:
-            return True, function()
+            return True, function(*arguments)
         except self.adapter.out_of_blocks as error:
             if before is None:
                 self.report("served_when_it_fits", f"{error!r}, though {most} of {free} will do")
@@ -130,20 +132,23 @@ class AdapterHarness:
             self.report(name, f"raised {error!r}")
             raise Ended from error
 
-    def _attempt_empty(self, function: Callable[[], Any]) -> tuple[bool, Any]:
+    def attempt_empty(self, function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
+        """Make a call without tokens, which may raise any error; return (was served, result)."""
         before = self.snapshot()
         try:
-            return True, function()
+            return True, function(*arguments)
         except Exception as error:
             if self.snapshot() != before:
                 self.report("refusal_changes_nothing", f"{error!r} for no tokens changed something")
             return False, None
 
-    def must_refuse(self, name: str, what: str, function: Callable[[], Any]) -> None:
+    def must_refuse(
+        self, name: str, what: str, function: Callable[..., Any], *arguments: Any
+    ) -> None:
         """Make a call that every manager must refuse."""
         before = self.snapshot()
         try:
-            function()
+            function(*arguments)
         except Exception:
             if self.snapshot() != before:
                 self.report(name, f"{what} was refused, but changed something")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Literal
 
@@ -82,12 +83,12 @@ def check_properties(
             "expected names from PROPERTIES, 1 <= least <= most, and at least one operation"
         )
     check_adapter(make_adapter(pools[1], block_size))
-    plan = _Plan(make_adapter, block_size, pools, histories, length, seed)
-    return [_check(plan, name) for name in wanted]
+    checker = _Checker(make_adapter, block_size, pools, histories, length, seed)
+    return [checker.check(name) for name in wanted]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Checker:
     make_adapter: MakeAdapter
     block_size: int
     pools: tuple[int, int]
@@ -95,48 +96,40 @@ class _Plan:
     length: int
     seed: int
 
+    def check(self, name: str) -> PropertyResult:
+        sample = self.make_adapter(self.pools[1], self.block_size)
+        if not is_supported(name, sample):
+            return PropertyResult(name, PROPERTIES[name], "unsupported")
+        table = supported(RULES, sample)
+        weights = [one.weight for one in table.values()]
+        random = Random(self.seed)
+        for number in range(self.histories):
+            num_blocks = random.randint(*self.pools)
+            scale = Scale(alphabet=2 + number % 2, longest=4 * self.block_size + 2)
+            names = random.choices(list(table), weights, k=self.length)
+            history: History = [(one, table[one].draw(random, scale)) for one in names]
+            failure = self.failure_of(name, num_blocks, history)
+            if failure is not None:
+                num_operations = number * self.length + failure.at + 1
+                return self.violated(name, num_blocks, history[: failure.at + 1], num_operations)
+        num_operations = self.histories * self.length
+        return PropertyResult(name, PROPERTIES[name], "holds", num_operations)
 
-def _check(plan: _Plan, name: str) -> PropertyResult:
-    sample = plan.make_adapter(plan.pools[1], plan.block_size)
-    if not is_supported(name, sample):
-        return PropertyResult(name, PROPERTIES[name], "unsupported")
-    table = supported(RULES, sample)
-    random = Random(plan.seed)
-    for number in range(plan.histories):
-        num_blocks = random.randint(*plan.pools)
-        scale = Scale(alphabet=2 + number % 2, longest=4 * plan.block_size + 2)
-        names = random.choices(list(table), [one.weight for one in table.values()], k=plan.length)
-        history: History = [(name, table[name].draw(random, scale)) for name in names]
-        failure = _failure_of(plan, name, num_blocks, history)
-        if failure is not None:
-            done = number * plan.length + failure.at + 1
-            return _violated(plan, name, num_blocks, history[: failure.at + 1], done)
-    return PropertyResult(name, PROPERTIES[name], "holds", plan.histories * plan.length)
+    def failure_of(self, name: str, num_blocks: int, history: History) -> Failure | None:
+        harness = AdapterHarness(self.make_adapter(num_blocks, self.block_size), [name])
+        failure = replay(history, RULES, harness)
+        if failure is not None and failure.property != name:
+            raise RuntimeError(f"the adapter or the kit failed: {failure.message}")
+        return failure
 
-
-def _failure_of(plan: _Plan, name: str, num_blocks: int, history: History) -> Failure | None:
-    harness = AdapterHarness(plan.make_adapter(num_blocks, plan.block_size), [name])
-    failure = replay(history, RULES, harness)
-    if failure is not None and failure.property != name:
-        raise RuntimeError(f"the adapter or the kit failed: {failure.message}")
-    return failure
-
-
-def _violated(
-    plan: _Plan, name: str, num_blocks: int, history: History, num_operations: int
-) -> PropertyResult:
-    def fails(history: History) -> Failure | None:
-        return _failure_of(plan, name, num_blocks, history)
-
-    short = shrink(history, fails, operations_max=20_000)
-    failure = fails(short)
-    return PropertyResult(
-        name,
-        PROPERTIES[name],
-        "violated",
-        num_operations=num_operations,
-        num_blocks=num_blocks,
-        block_size=plan.block_size,
-        message=failure.message if failure else "the failure does not repeat",
-        history=tuple(describe(short, RULES)),
-    )
+    def violated(
+        self, name: str, num_blocks: int, history: History, num_operations: int
+    ) -> PropertyResult:
+        fails = partial(self.failure_of, name, num_blocks)
+        short = shrink(history, fails, operations_max=20_000)
+        failure = fails(short)
+        message = failure.message if failure else "the failure does not repeat"
+        return PropertyResult(
+            name, PROPERTIES[name], "violated", num_operations, num_blocks, self.block_size,
+            message, tuple(describe(short, RULES)),
+        )  # fmt: skip
