@@ -49,7 +49,8 @@ def _check_prefill(pool: Pool, case: str, new: int) -> None:
 def engine(rig: Rig) -> None:
     """Measure `Engine` beside transformers' `generate_batch`: a Llama of random weights, greedy."""
     try:
-        from kvpager.bench.throughput import comparison, models
+        from kvpager.bench import models
+        from kvpager.bench.throughput import comparison
         from kvpager.bench.throughput.systems import Options
         from kvpager.bench.throughput.workload import synthetic
     except ImportError as error:

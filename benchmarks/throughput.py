@@ -40,8 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import timing
 from benchmarks.memory import plot_file
 from benchmarks.throughput_rig import BLOCK, Bench, Sampler, Watched
-from kvpager.bench import plots
-from kvpager.bench.throughput import comparison, models, report
+from kvpager.bench import models, plots
+from kvpager.bench.throughput import comparison, report
 from kvpager.bench.throughput.by_engine import EngineSystem
 from kvpager.bench.throughput.results import Figures, Run
 from kvpager.bench.throughput.workload import Workload

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from benchmarks import timing
-from kvpager.bench.throughput import models
+from kvpager.bench import models
 from kvpager.bench.throughput.by_engine import EngineSystem
 from kvpager.bench.throughput.results import Run
 from kvpager.bench.throughput.systems import Options

@@ -1,4 +1,4 @@
-"""The model that all systems serve: one set of weights, in memory and on disk."""
+"""Models to measure with: loaded, shared, saved, and the settings around a measurement."""
 
 from __future__ import annotations
 
@@ -6,12 +6,35 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Iterator
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from kvpager.errors import BadInput
+
+
+def find_device(name: str | None) -> torch.device:
+    """Return the device; None: cuda if torch finds one. Raises `BadInput` if torch does not."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"device={name}: expected a name such as cpu or cuda:1.") from None
+    if device.type == "meta":
+        raise BadInput("device=meta: computes nothing. Choose cpu or cuda.")
+    try:
+        torch.empty(1, device=device).cpu()
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise BadInput(
+            f"device={name}: not found by torch {torch.__version__}. "
+            f"Choose from {', '.join(found)}."
+        ) from None
+    return device
 
 
 def default_model() -> Any:
@@ -33,28 +56,32 @@ def default_model() -> Any:
     return model.to(torch.bfloat16)
 
 
-def load(path: str | None, device: str | None = None) -> Any:
+def load(path: str | None, device: torch.device | str = "cpu") -> Any:
     """Load the model of folder `path`, or `default_model()`, for greedy decoding on `device`.
 
     The model has no end-of-text token, so every reply has the requested length.
 
-    Raises: `ValueError` if the folder is missing or holds no such model.
+    Raises: `BadInput` if the folder is missing or holds no such model.
     """
     if path is None:
         model = default_model()
     else:
         if not Path(path).expanduser().is_dir():
-            raise ValueError(f"model={path}: no such folder. Make one with save_pretrained.")
-        try:
-            with _without_bars():
-                model = AutoModelForCausalLM.from_pretrained(
-                    str(Path(path).expanduser()), dtype="auto"
-                )
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"model={path}: cannot be loaded: {reason}") from None
+            raise BadInput(f"model={path}: no such folder. Make one with save_pretrained.")
+        with quiet_transformers():
+            model = from_pretrained(AutoModelForCausalLM, path, dtype="auto")
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return model.to(device or "cpu").eval()
+    return model.to(device).eval()
+
+
+def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+    """Return `kind.from_pretrained` of a folder or a name. Raises `BadInput`."""
+    folder = Path(name).expanduser()
+    try:
+        return kind.from_pretrained(str(folder) if folder.is_dir() else name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadInput(f"model={name}: cannot be loaded: {reason}") from None
 
 
 def share_weights(model: Any) -> Any:
@@ -81,18 +108,34 @@ def saved(model: Any, path: str | None) -> Iterator[Path]:
         yield Path(path).expanduser()
         return
     with tempfile.TemporaryDirectory(prefix="kvpager-model-") as folder:
-        with _without_bars():
+        with quiet_transformers():
             model.save_pretrained(folder)
         yield Path(folder)
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars."""
-    had_bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def quiet_transformers() -> Iterator[None]:
+    """Silence hints and progress bars, then restore the settings."""
+    hub = getLogger("huggingface_hub")
+    level, hub_level, bars = logging.get_verbosity(), hub.level, logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    hub.setLevel(ERROR)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        if had_bars:
-            transformers.utils.logging.enable_progress_bar()
+        logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Set torch's CPU threads, unless `count` is None, then restore them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -118,11 +118,9 @@ def _prepare(given: SystemOptions, options: Options) -> _Bench:
     settings = {"model_path": options.model, "repeats": options.repeats, "subsets": subsets}
 
     # Here, for torch and transformers take seconds to load, and options are looked at before.
-    from kvpager.bench.throughput import models
-    from kvpager.demo.settings import Settings
+    from kvpager.bench import models
 
-    device = Settings(device=options.device).found_device()
-    model = models.load(options.model, str(device))
+    model = models.load(options.model, models.find_device(options.device))
     workload = _workload(options, models.vocabulary(model), models.max_length(model))
     workload.check(models.max_length(model))
     return _Bench(systems=systems, given=given, model=model, workload=workload, settings=settings)

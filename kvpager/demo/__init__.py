@@ -2,8 +2,10 @@
 
 settings    the checked options
 scenarios   four workloads and their texts
-runs        loads the model and runs every scenario on both sides
-measuring   bytes needed, held and wasted, and the state of every block
+model       the model, its tokenizer, and how to generate
+runs        runs every scenario on both sides
+comparison  the tokens that differ, and whether they are near-ties
+measurement bytes needed, held and wasted, and the state of every block
 results     the figures of both sides, and their JSON form
 report      the printed output
 """

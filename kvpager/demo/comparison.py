@@ -8,11 +8,11 @@ and in a padded batch gives different replies about as often as kvpager does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvpager.demo.model import Engine, Generated
 from kvpager.demo.results import Difference
 from kvpager.demo.scenarios import Row
 
@@ -21,31 +21,8 @@ from kvpager.demo.scenarios import Row
 UNITS_OF_A_NEAR_TIE = 2.0
 
 
-class Model(Protocol):
-    """A model that judges a difference: logits without a cache, and the dtype's precision."""
-
-    @property
-    def eps(self) -> float:
-        """Return the distance from 1 to the next number of the model's dtype."""
-
-    def logits(self, ids: Row, num_last: int) -> Tensor:
-        """Return float32 logits [num_last, vocabulary] at the last positions of `ids`."""
-
-
-class Replies(Protocol):
-    """One call of `generate`: its prompts and its rows of new tokens."""
-
-    @property
-    def prompts(self) -> Sequence[Row]:
-        """Return the token ids of each prompt."""
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """Return the new tokens of each row, in the order of the prompts."""
-
-
 def differences(
-    model: Model, expected: Sequence[Replies], got: Sequence[Replies], *, beams: bool
+    model: Engine, expected: Sequence[Generated], got: Sequence[Generated], *, beams: bool
 ) -> Iterator[Difference]:
     """Yield the first difference of each row, judged by transformers' own logits.
 
@@ -66,7 +43,7 @@ def differences(
 
 
 def _difference(
-    model: Model, prompt: Row, expected: Row, got: Row, place: tuple[int, int], *, beams: bool
+    model: Engine, prompt: Row, expected: Row, got: Row, place: tuple[int, int], *, beams: bool
 ) -> Difference:
     shorter = min(len(expected), len(got))
     at = next((i for i in range(shorter) if expected[i] != got[i]), shorter)
@@ -80,7 +57,7 @@ def _difference(
     return Difference(*place, at + 1, chosen, differs, margin, tolerance)
 
 
-def _margin(model: Model, before: Row, expected: Row, got: Row) -> tuple[float, float]:
+def _margin(model: Engine, before: Row, expected: Row, got: Row) -> tuple[float, float]:
     """Return log-probability of `expected` less that of `got`, and how much is rounding."""
     logits = model.logits(before + expected[:-1], len(expected))
     others = model.logits(before + got[:-1], len(got)) if len(got) > 1 else logits

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvpager._options import option
 from kvpager.errors import BadInput
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 _MODEL = "Model and hardware"
@@ -58,28 +54,3 @@ class Settings:
             arguments.parse_memory(self.memory)
         except ValueError as error:
             raise BadInput(str(error)) from None
-
-    def found_device(self) -> torch.device:
-        """Return the device to run on. Raises `BadInput` if torch does not find it."""
-        import torch
-
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise BadInput(f"device={name}: expected a name such as cpu or cuda:1.") from None
-        if device.type == "meta":
-            raise BadInput("device=meta: computes nothing. Choose cpu or cuda.")
-        try:
-            torch.empty(1, device=device).cpu()
-        except (AssertionError, ImportError, NotImplementedError, RuntimeError):
-            raise BadInput(
-                f"device={name}: not found by torch {torch.__version__}. Choose from {_devices()}."
-            ) from None
-        return device
-
-
-def _devices() -> str:
-    import torch
-
-    return ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])

@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from kvpager.bench.throughput import comparison, models, report, systems
+from kvpager.bench import models
+from kvpager.bench.throughput import comparison, report, systems
 from kvpager.bench.throughput.by_engine import EngineSystem, busiest
 from kvpager.bench.throughput.by_generate import PaddedBatches
 from kvpager.bench.throughput.results import (

@@ -14,15 +14,13 @@ pytest.importorskip("transformers")
 
 from kvpager.bench.throughput.by_engine import EngineSystem
 from kvpager.bench.throughput.by_generate import PaddedBatches
-from kvpager.bench.throughput.pacing import (
-    MONOTONIC,
-    Clock,
-    arrivals,
-)
 from kvpager.bench.throughput.systems import Options
 from kvpager.bench.throughput.workload import (
+    MONOTONIC,
+    Clock,
     Item,
     Workload,
+    arrivals,
     from_trace,
     synthetic,
 )

@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from kvpager.bench.throughput.pacing import Clock
-from kvpager.bench.throughput.workload import Workload, synthetic
+from kvpager.bench.throughput.workload import Clock, Workload, synthetic
 from tests.conformance.architectures import VOCAB
 from tests.support import tiny_models
 

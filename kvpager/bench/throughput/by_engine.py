@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from kvpager.bench.throughput.models import share_weights
-from kvpager.bench.throughput.pacing import MONOTONIC, Clock, arrivals
+from kvpager.bench.models import share_weights
 from kvpager.bench.throughput.results import Memory, Moment, Run, Served
 from kvpager.bench.throughput.systems import Options, Progress
-from kvpager.bench.throughput.workload import Item, Workload
+from kvpager.bench.throughput.workload import MONOTONIC, Clock, Item, Workload, arrivals
 from kvpager.engine.metrics import StepRecord
 from kvpager.engine.stream import Output, Stream
 from kvpager.errors import BadInput

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvpager.bench.throughput.models import share_weights
-from kvpager.bench.throughput.pacing import PERFORMANCE, Clock, arrivals
+from kvpager.bench.models import share_weights
 from kvpager.bench.throughput.results import Memory, Run, Served
 from kvpager.bench.throughput.systems import Progress
-from kvpager.bench.throughput.workload import Item, Workload
+from kvpager.bench.throughput.workload import PERFORMANCE, Clock, Item, Workload, arrivals
 from kvpager.integrations.huggingface.releases import cache_of
 
 PAD = 0

@@ -11,11 +11,10 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from kvpager.bench.throughput.models import share_weights
-from kvpager.bench.throughput.pacing import PERFORMANCE, Clock, arrivals
+from kvpager.bench.models import share_weights
 from kvpager.bench.throughput.results import Run, Served
 from kvpager.bench.throughput.systems import Options, Progress
-from kvpager.bench.throughput.workload import Workload
+from kvpager.bench.throughput.workload import PERFORMANCE, Clock, Workload, arrivals
 from kvpager.errors import KVPagerError
 
 _SPARE_BLOCKS = 8

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 import kvpager
 from kvpager import _validate as arguments
+from kvpager.bench import models
 from kvpager.bench.environment import installed
-from kvpager.bench.throughput import models
 from kvpager.bench.throughput.by_engine import EngineSystem
 from kvpager.bench.throughput.by_generate import PaddedBatches
 from kvpager.bench.throughput.by_generate_batch import ContinuousBatches
@@ -61,7 +60,7 @@ def measure(
     model_path: str | None = None,
     repeats: int = 1,
     subsets: dict[str, int] | None = None,
-    stage: Stage | None = None,
+    stage: Stage = lambda name, repeat, num_requests: lambda count: None,
     open_system: Any = opened,
 ) -> list[Figures]:
     """Measure each system `repeats` times, in turns: A B C A B C.
@@ -86,29 +85,31 @@ def measure(
     repeats = arguments.count("repeats", repeats, at_least=1)
     workload.check(models.max_length(model))
     works = {name: workload.first((subsets or {}).get(name, len(workload.items))) for name in names}
-    with _threads(options.threads), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(models.torch_threads(options.threads))
+        stack.enter_context(models.quiet_transformers())
         folder = stack.enter_context(_folder(names, model, model_path))
         systems: dict[str, System] = {}
         for name in names:
             few = workload.warm_up()
-            told = _tell(stage, name, 0, few)
-            systems[name] = stack.enter_context(
-                open_system(name, model, folder, options, works[name])
-            )
-            systems[name].run(few, told)
+            progress = stage(name, 0, len(few.items))
+            opening = open_system(name, model, folder, options, works[name])
+            systems[name] = stack.enter_context(opening)
+            systems[name].run(few, progress)
         runs = _take_turns(systems, works, repeats, stage)
     return compare(runs, _notes(works, len(workload.items)))
 
 
 def _take_turns(
-    systems: dict[str, System], works: dict[str, Workload], repeats: int, stage: Stage | None
+    systems: dict[str, System], works: dict[str, Workload], repeats: int, stage: Stage
 ) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {name: [] for name in systems}
     for repeat in range(1, repeats + 1):
         for name, system in systems.items():
             gc.collect()
-            run = system.run(works[name], _tell(stage, name, repeat, works[name]))
-            run.check([item.new_tokens for item in works[name].items])
+            items = works[name].items
+            run = system.run(works[name], stage(name, repeat, len(items)))
+            run.check([item.new_tokens for item in items])
             runs[name].append(run)
     return runs
 
@@ -121,14 +122,6 @@ def _notes(works: dict[str, Workload], num_requests: int) -> dict[str, str]:
     }
 
 
-def _tell(stage: Stage | None, name: str, repeat: int, workload: Workload) -> Progress:
-    return stage(name, repeat, len(workload.items)) if stage is not None else _ignore
-
-
-def _ignore(count: int) -> None:
-    """Ignore progress."""
-
-
 @contextlib.contextmanager
 def _folder(names: Sequence[str], model: Any, path: str | None) -> Iterator[Path]:
     """Yield the folder of the model, saved only if a system loads it."""
@@ -137,19 +130,6 @@ def _folder(names: Sequence[str], model: Any, path: str | None) -> Iterator[Path
         return
     with models.saved(model, path) as folder:
         yield folder
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Set torch's threads and silence transformers' log."""
-    before, verbosity = torch.get_num_threads(), transformers_logging.get_verbosity()
-    torch.set_num_threads(count or before)
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        transformers_logging.set_verbosity(verbosity)
 
 
 def describe(model: Any, workload: Workload, options: Options, **more: Any) -> dict[str, Any]:

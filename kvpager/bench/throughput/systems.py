@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], object]  # called with the number of newly finished requests
 
-SYSTEMS = {
-    "kvpager": "kvpager's Engine",
-    "kvpager-compiled": "kvpager's Engine, compiled with frozen weights",
-    "generate": "transformers' generate, all requests in one padded batch",
-    "generate-rows": "transformers' generate, padded batches of --batch-size requests",
-    "generate_batch": "transformers' continuous batching, as behind generate_batch",
-    "vllm": "vLLM as it comes",
-    "vllm-eager": "vLLM with enforce_eager=True",
-}
+SYSTEMS = (
+    "kvpager",
+    "kvpager-compiled",
+    "generate",
+    "generate-rows",
+    "generate_batch",
+    "vllm",
+    "vllm-eager",
+)
 _VLLM = ("vllm", "vllm-eager")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -78,15 +79,13 @@ class Workload:
         """Check that every request fits `max_length` positions. Raises `ValueError`."""
         if max_length is None or self.longest <= max_length:
             return
-        number, item = max(enumerate(self.items), key=_length_of_numbered)
+        lengths = [len(item.prompt) + item.new_tokens for item in self.items]
+        number = lengths.index(self.longest)
+        item = self.items[number]
         raise ValueError(
             f"request {number}: {len(item.prompt)} + {item.new_tokens} tokens, but the model has "
             f"{max_length} positions. Shorten or leave out such requests."
         )
-
-
-def _length_of_numbered(numbered: tuple[int, Item]) -> int:
-    return len(numbered[1].prompt) + numbered[1].new_tokens
 
 
 def synthetic(
@@ -150,6 +149,30 @@ def _ids(random: np.random.Generator, count: int, vocabulary: int) -> list[int]:
         raise ValueError(f"vocabulary={vocabulary}: expected more than {FIRST_ID} ids.")
     ids: list[int] = random.integers(FIRST_ID, vocabulary, count).tolist()
     return ids
+
+
+# -------------------------------------------------------------------- arrivals
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """A clock in seconds, and the function that waits."""
+
+    now: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], object] = time.sleep
+
+
+MONOTONIC = Clock(now=time.monotonic)  # the clock of `Output` times
+PERFORMANCE = Clock()
+
+
+def arrivals(workload: Workload, start: float, clock: Clock) -> Iterator[tuple[int, Item]]:
+    """Yield number and request when each is due, late requests at once. O(requests)."""
+    for number, item in enumerate(workload.items):
+        left = start + item.arrival - clock.now()
+        if left > 0:
+            clock.sleep(left)
+        yield number, item
 
 
 # -------------------------------------------------------------------- traces
