@@ -199,11 +199,12 @@ class Failure:
     at: int
 
 
-def property_of(error: Exception) -> str:
-    """Return the name of the property that an exception reports as violated. O(1)."""
+def failure_of(error: Exception, at: int) -> Failure:
+    """Return the failure that an exception of operation `at` reports. O(1)."""
     if isinstance(error, Violation):
-        return error.property
-    return "check" if isinstance(error, BrokenInvariant) else type(error).__name__
+        return Failure(error.property, error.message, at)
+    is_check = isinstance(error, BrokenInvariant)
+    return Failure("check" if is_check else type(error).__name__, repr(error), at)
 
 
 def replay(history: History, table: Table, harness: Harness) -> Failure | None:
@@ -217,8 +218,7 @@ def replay(history: History, table: Table, harness: Harness) -> Failure | None:
     except Ended:
         return None
     except Exception as error:
-        message = error.message if isinstance(error, Violation) else repr(error)
-        return Failure(property_of(error), message, at)
+        return failure_of(error, at)
     return None
 
 

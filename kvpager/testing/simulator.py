@@ -25,7 +25,7 @@ from kvpager.testing.histories import (
     History,
     Scale,
     describe,
-    property_of,
+    failure_of,
     replay,
     shrink,
     supported,
@@ -130,8 +130,7 @@ def _drive(
             harness.apply(operation, arguments)
         harness.finish()
     except Exception as error:
-        message = str(getattr(error, "message", repr(error)))
-        return Failure(property_of(error), message, max(len(history) - 1, 0))
+        return failure_of(error, max(len(history) - 1, 0))
     return None
 
 
