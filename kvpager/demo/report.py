@@ -107,24 +107,27 @@ def _memory(result: Result) -> Table:
     plain, stats = result.plain, result.paged.stats
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=True)
     table.add_column("keys and values")
-    table.add_column("bytes", justify="right")
-    table.add_column("of that wasted", justify="right")
-    table.add_column("KV utilisation", justify="right")
+    for name in ("bytes", "of that wasted", "KV utilisation"):
+        table.add_column(name, justify="right")
     table.add_row("needed: every token once", size(plain.needed_bytes), "", "")
-    tokens, limit, rows = plain.known_length_tokens, plain.limit_tokens, result.scenario.rows_alive
-    buffers = "one buffer a row,"
+    rows, buffers = result.scenario.rows_alive, plain.contiguous
+    known, limit = buffers.known_length_tokens, buffers.model_limit_tokens
     lines = [
         ("DynamicCache", plain.reserved_bytes, ""),
         ("kvpager, blocks held", stats.held_bytes, "bold"),
-        (f"{buffers} length known ({rows} x {tokens:,})", plain.known_length_bytes, "dim"),
+        (_buffer("length known", rows, known), buffers.known_length_bytes, "dim"),
     ]
-    if limit is not None and plain.limit_bytes is not None:
-        lines.append((f"{buffers} model's limit ({rows} x {limit:,})", plain.limit_bytes, "dim"))
+    if limit is not None and buffers.model_limit_bytes is not None:
+        lines.append((_buffer("model's limit", rows, limit), buffers.model_limit_bytes, "dim"))
     for name, taken, style in lines:
         wasted = taken - plain.needed_bytes
         used = _percent(plain.needed_bytes, taken)
         table.add_row(name, size(taken), size(wasted), used, style=style)
     return table
+
+
+def _buffer(what: str, rows: int, tokens: int) -> str:
+    return f"one buffer a row, {what} ({rows} x {tokens:,})"
 
 
 def _blocks_lines(result: Result, block_size: int) -> list[str]:

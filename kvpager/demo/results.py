@@ -69,21 +69,23 @@ class CallFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Contiguous:
+    """A buffer for each row, of the known length or of the model's limit."""
+
+    known_length_tokens: int
+    known_length_bytes: int
+    model_limit_tokens: int | None
+    model_limit_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plain:
-    """Transformers' own cache."""
+    """Transformers' own cache, and the buffers that would hold as much."""
 
     reserved_bytes: int
     needed_bytes: int
     seconds: float
-    limit_tokens: int | None
-    known_length_tokens: int
-    known_length_bytes: int
-    limit_bytes: int | None
-
-    @property
-    def wasted_bytes(self) -> int:
-        """Return the bytes of padding and duplicates. O(1)."""
-        return self.reserved_bytes - self.needed_bytes
+    contiguous: Contiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,6 @@ class Paged:
     calls: tuple[CallFigures, ...]
     states: tuple[States, ...]
     seconds: float
-
-    @property
-    def open_bytes(self) -> int:
-        """Return the bytes of empty token slots in held blocks. O(1)."""
-        return self.stats.held_bytes - self.stats.used_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +139,14 @@ class Result:
             "dynamic_cache": {
                 "reserved_bytes": plain.reserved_bytes,
                 "used_bytes": plain.needed_bytes,
-                "wasted_bytes": plain.wasted_bytes,
+                "wasted_bytes": plain.reserved_bytes - plain.needed_bytes,
                 "seconds": plain.seconds,
             },
             "kvpager": {
                 **dataclasses.asdict(paged.stats),
                 "needed_bytes": plain.needed_bytes,
                 "wasted_bytes": paged.stats.held_bytes - plain.needed_bytes,
-                "open_bytes": paged.open_bytes,
+                "open_bytes": paged.stats.held_bytes - paged.stats.used_bytes,
                 "block_bytes": paged.block_bytes,
                 "blocks_by_state": {
                     state.name.lower(): int((states == state).sum()) for state in BlockStatus
@@ -157,12 +154,7 @@ class Result:
                 "calls": [dataclasses.asdict(call) for call in paged.calls],
                 "seconds": paged.seconds,
             },
-            "contiguous": {
-                "known_length_tokens": plain.known_length_tokens,
-                "known_length_bytes": plain.known_length_bytes,
-                "model_limit_tokens": plain.limit_tokens,
-                "model_limit_bytes": plain.limit_bytes,
-            },
+            "contiguous": dataclasses.asdict(plain.contiguous),
         }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from kvpager.bench import models
 from kvpager.demo import measurement, report
 from kvpager.demo.comparison import differences
 from kvpager.demo.model import Engine, Generated
-from kvpager.demo.results import CallFigures, Paged, Plain, Result, Results, RowText
+from kvpager.demo.results import CallFigures, Contiguous, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
 from kvpager.errors import BadInput, OutOfBlocks
@@ -37,17 +38,13 @@ def generate_plain(engine: Engine, scenario: Scenario) -> tuple[list[Generated],
     alive = [call for call in done if call.cache is not None]
     layers = measurement.layer_bytes(alive[-1].cache)
     longest = max(len(row) for call in alive for row in call.prompts)
-    num_rows, known = scenario.rows_alive, longest + engine.settings.max_new_tokens
-    limit = engine.max_positions
-    held = known - 1
+    known, limit = longest + engine.settings.max_new_tokens, engine.max_positions
+    size = partial(measurement.contiguous_bytes, layers, scenario.rows_alive, held=known - 1)
     plain = Plain(
         reserved_bytes=sum(measurement.reserved_bytes(call.cache) for call in alive),
         needed_bytes=measurement.needed_bytes(layers, _held_rows(scenario, alive)),
         seconds=sum(call.seconds for call in done),
-        limit_tokens=limit,
-        known_length_tokens=known,
-        known_length_bytes=measurement.contiguous_bytes(layers, num_rows, known, held),
-        limit_bytes=limit and measurement.contiguous_bytes(layers, num_rows, limit, held),
+        contiguous=Contiguous(known, size(known), limit, limit and size(limit)),
     )
     return [replace(call, cache=None) for call in done], plain
 
