@@ -87,43 +87,26 @@ def throughput(given: SystemOptions, options: Options) -> None:
     check_writable(options.json_file)
     check_plot(options.plot)
     with wrong_usage():
-        bench = _prepare(given, options)
-    machine, figures = _run(bench, quiet=options.json_file == "-")
-    _report(machine, figures, bench.workload, options)
+        given.check()
+        systems = _systems(given, options)
+        settings = _settings(options)
+
+        # Imported here: torch and transformers take seconds to load.
+        from kvpager.bench import models
+
+        model = models.load(options.model, models.find_device(options.device))
+        workload = _workload(options, models.vocabulary(model), models.max_length(model))
+        workload.check(models.max_length(model))
+    from kvpager.bench.throughput import comparison
+
+    served = model, workload, given
+    with contextlib.ExitStack() as bars:
+        stage = functools.partial(_bar, bars, options)
+        figures = comparison.measure(systems, *served, stage=stage, **settings)
+    _report(comparison.describe(*served, **settings), figures, workload, options)
 
 
 # -------------------------------------------------------------------- inputs
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    """What is run: everything that the options name, found and checked."""
-
-    systems: list[str]
-    given: SystemOptions
-    model: Any
-    workload: Workload
-    settings: dict[str, Any]  # further arguments of `comparison.measure`
-
-
-def _prepare(given: SystemOptions, options: Options) -> _Bench:
-    from kvpager import _validate as arguments
-
-    given.check()
-    systems = _systems(given, options)
-    arguments.count("repeats", options.repeats, at_least=1)
-    subsets, limit = {}, options.generate_batch_limit
-    if limit is not None:
-        subsets["generate_batch"] = arguments.count("generate_batch_limit", limit, at_least=1)
-    settings = {"model_path": options.model, "repeats": options.repeats, "subsets": subsets}
-
-    # Here, for torch and transformers take seconds to load, and options are looked at before.
-    from kvpager.bench import models
-
-    model = models.load(options.model, models.find_device(options.device))
-    workload = _workload(options, models.vocabulary(model), models.max_length(model))
-    workload.check(models.max_length(model))
-    return _Bench(systems=systems, given=given, model=model, workload=workload, settings=settings)
 
 
 def _systems(given: SystemOptions, options: Options) -> list[str]:
@@ -140,6 +123,17 @@ def _systems(given: SystemOptions, options: Options) -> list[str]:
 
 def _is_drawn(system: str) -> bool:
     return system.startswith("kvpager")
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """Return further arguments of `comparison.measure`."""
+    from kvpager import _validate as arguments
+
+    arguments.count("repeats", options.repeats, at_least=1)
+    subsets, limit = {}, options.generate_batch_limit
+    if limit is not None:
+        subsets["generate_batch"] = arguments.count("generate_batch_limit", limit, at_least=1)
+    return {"model_path": options.model, "repeats": options.repeats, "subsets": subsets}
 
 
 def _workload(options: Options, vocabulary: int, max_length: int | None) -> Workload:
@@ -174,51 +168,27 @@ def _range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-# -------------------------------------------------------------------- the run
+# -------------------------------------------------------------------- the output
 
 
-def _run(bench: _Bench, *, quiet: bool) -> tuple[dict[str, Any], list[Figures]]:
-    """Return what the figures depend on, and the figures."""
-    from kvpager.bench.throughput import comparison
+def _bar(
+    bars: contextlib.ExitStack, options: Options, name: str, repeat: int, num_requests: int
+) -> Progress:
+    """Show a progress bar on stderr in place of the one before."""
+    from tqdm import tqdm
 
-    given, settings = (bench.model, bench.workload, bench.given), bench.settings
-    with contextlib.ExitStack() as stack:
-        stage = _Bars(stack, settings["repeats"], quiet)
-        figures = comparison.measure(bench.systems, *given, stage=stage, **settings)
-    return comparison.describe(*given, **settings), figures
-
-
-class _Bars:
-    """A progress bar for each system and repeat, on stderr."""
-
-    def __init__(self, stack: contextlib.ExitStack, repeats: int, quiet: bool) -> None:
-        self._repeats = repeats
-        self._disable = quiet or None  # tqdm's None: on a terminal only
-        self._bar: Any = None
-        stack.callback(self._close)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, name: str, repeat: int, num_requests: int) -> Progress:
-        from tqdm import tqdm
-
-        self._close()
-        what = "getting ready" if repeat == 0 else f"{repeat} of {self._repeats}"
-        self._bar = tqdm(
-            total=num_requests,
-            desc=f"{name}, {what}",
-            unit="request",
-            leave=False,
-            file=sys.stderr,
-            disable=self._disable,
-        )
-        progress: Progress = self._bar.update
-        return progress
-
-
-# -------------------------------------------------------------------- the report
+    bars.close()
+    what = "getting ready" if repeat == 0 else f"{repeat} of {options.repeats}"
+    bar = tqdm(
+        total=num_requests,
+        desc=f"{name}, {what}",
+        unit="request",
+        leave=False,
+        file=sys.stderr,
+        disable=options.json_file == "-" or None,  # tqdm's None: on a terminal only
+    )
+    progress: Progress = bars.enter_context(bar).update
+    return progress
 
 
 def _report(
