@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,11 @@ from kvpager.bench.throughput.workload import Workload
 Stage = Callable[[str, int, int], Progress]
 
 
-@contextlib.contextmanager
 def opened(
     name: str, model: Any, folder: Path, options: Options, workload: Workload
-) -> Iterator[System]:
-    """Yield the named system, sized for `workload`, and close it afterwards."""
-    system = _make(name, model, folder, options, workload)
-    try:
-        yield system
-    finally:
-        system.close()
+) -> contextlib.AbstractContextManager[System]:
+    """Return a context of the named system, sized for `workload`, which it closes."""
+    return contextlib.closing(_make(name, model, folder, options, workload))
 
 
 def _make(name: str, model: Any, folder: Path, options: Options, workload: Workload) -> System:
@@ -88,7 +83,9 @@ def measure(
     with contextlib.ExitStack() as stack:
         stack.enter_context(models.torch_threads(options.threads))
         stack.enter_context(models.quiet_transformers())
-        folder = stack.enter_context(_folder(names, model, model_path))
+        folder = Path()
+        if any(name.startswith("vllm") for name in names):  # it loads the model
+            folder = stack.enter_context(models.saved(model, model_path))
         systems: dict[str, System] = {}
         for name in names:
             few = workload.warm_up()
@@ -120,16 +117,6 @@ def _notes(works: dict[str, Workload], num_requests: int) -> dict[str, str]:
         for name, work in works.items()
         if len(work.items) < num_requests
     }
-
-
-@contextlib.contextmanager
-def _folder(names: Sequence[str], model: Any, path: str | None) -> Iterator[Path]:
-    """Yield the folder of the model, saved only if a system loads it."""
-    if not any(name.startswith("vllm") for name in names):
-        yield Path()
-        return
-    with models.saved(model, path) as folder:
-        yield folder
 
 
 def describe(model: Any, workload: Workload, options: Options, **more: Any) -> dict[str, Any]:

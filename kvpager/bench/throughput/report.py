@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from kvpager.bench.throughput.workload import Workload
 
 _MIB = 1 << 20
-_NONE = "-"
 
 
 def show(machine: dict[str, Any], figures: Sequence[Figures], workload: Workload) -> None:
@@ -35,8 +34,9 @@ def show(machine: dict[str, Any], figures: Sequence[Figures], workload: Workload
     ):
         console.print(line, markup=False)
     tables.show(console, "", list(_ROWS), [_column(each) for each in figures])
-    for line in notes(figures):
-        console.print(line, markup=False)
+    for each in figures:
+        if each.note:
+            console.print(f"* {each.system}: {each.note}", markup=False)
 
 
 def setting(machine: dict[str, Any]) -> tuple[str, str]:
@@ -57,36 +57,25 @@ def _column(figures: Figures) -> Column:
     # A long name takes two lines, so that more systems fit beside each other.
     name = re.sub(r"(?<=.)([-_])", r"\n\1", figures.system) + ("*" if figures.note else "")
     record = figures.as_record()
-    return Column(name, [show(record) for show in _ROWS.values()])
-
-
-def _shows(key: str, form: str, factor: float = 1) -> Callable[[dict[str, Any]], str]:
-    """Return a function that formats one figure of a record. O(1)."""
-
-    def show(record: dict[str, Any]) -> str:
+    cells = []
+    for key, form, factor in _ROWS.values():
         value = record[key]
-        return _NONE if value is None else form.format(value * factor)
+        cells.append("-" if value is None else form.format(value * factor))
+    return Column(name, cells)
 
-    return show
 
-
-_ROWS = {
-    "tokens/s": _shows("tokens_per_s", "{:,.0f}"),
-    "relative to kvpager": _shows("over_kvpager", "{:.2f}"),
-    "TTFT median, s": _shows("first_token_s_median", "{:.2f}"),
-    "TTFT p99, s": _shows("first_token_s_p99", "{:.2f}"),
-    "ITL median, ms": _shows("per_token_s_median", "{:.1f}", 1000),
-    "KV peak, MiB": _shows("kv_peak_bytes", "{:,.1f}", 1 / _MIB),
-    "KV utilisation": _shows("kv_live_share", "{:.1%}"),
-    "preempted by swap": _shows("preempted_by_swap", "{:,}"),
-    "preempted by recompute": _shows("preempted_by_recompute", "{:,}"),
-    "prefix cache hits": _shows("prefix_hit_tokens", "{:,}"),
+_ROWS: dict[str, tuple[str, str, float]] = {  # row: key of the record, format, factor
+    "tokens/s": ("tokens_per_s", "{:,.0f}", 1),
+    "relative to kvpager": ("over_kvpager", "{:.2f}", 1),
+    "TTFT median, s": ("first_token_s_median", "{:.2f}", 1),
+    "TTFT p99, s": ("first_token_s_p99", "{:.2f}", 1),
+    "ITL median, ms": ("per_token_s_median", "{:.1f}", 1000),
+    "KV peak, MiB": ("kv_peak_bytes", "{:,.1f}", 1 / _MIB),
+    "KV utilisation": ("kv_live_share", "{:.1%}", 1),
+    "preempted by swap": ("preempted_by_swap", "{:,}", 1),
+    "preempted by recompute": ("preempted_by_recompute", "{:,}", 1),
+    "prefix cache hits": ("prefix_hit_tokens", "{:,}", 1),
 }
-
-
-def notes(figures: Sequence[Figures]) -> list[str]:
-    """Return the footnotes of the table. O(systems)."""
-    return [f"* {each.system}: {each.note}" for each in figures if each.note]
 
 
 def lines(machine: dict[str, Any], figures: Sequence[Figures]) -> str:
