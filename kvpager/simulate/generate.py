@@ -26,6 +26,7 @@ class Traffic:
 
     def __init__(self, seed: int) -> None:
         self.random = np.random.default_rng(seed)
+        self._now = -1  # the number of the request
         self._num_ids = 0
         self._waiting: list[tuple[float, int, Prompt, int]] = []
         self._num_waits = 0
@@ -43,14 +44,15 @@ class Traffic:
         """Draw a number n below `count` with weight 1 / (n + 1). O(1)."""
         return min(int((count + 1) ** self.random.random()) - 1, count - 1)
 
-    def wait(self, until: float, prompt: Prompt, turns: int) -> None:
-        """Schedule `prompt` to continue at time `until`, for `turns` turns. O(log waiting)."""
+    def wait(self, delay: float, prompt: Prompt, turns: int) -> None:
+        """Schedule `prompt` to continue after `delay`, for `turns` turns. O(log waiting)."""
         self._num_waits += 1
-        heapq.heappush(self._waiting, (until, self._num_waits, prompt, turns))
+        heapq.heappush(self._waiting, (self._now + delay, self._num_waits, prompt, turns))
 
-    def due(self, now: float) -> tuple[Prompt, int] | None:
-        """Pop the earliest prompt that is due at `now`, or return None. O(log waiting)."""
-        if not self._waiting or self._waiting[0][0] > now:
+    def due(self) -> tuple[Prompt, int] | None:
+        """Go to the next request; pop the earliest prompt that is due. O(log waiting)."""
+        self._now += 1
+        if not self._waiting or self._waiting[0][0] > self._now:
             return None
         return heapq.heappop(self._waiting)[2:]
 
@@ -59,9 +61,8 @@ def chat(traffic: Traffic) -> Iterator[Prompt]:
     """Yield conversations of several turns with long pauses, behind a few system prompts."""
     random = traffic.random
     systems = [traffic.blocks(traffic.lengths(2, 0.5)) for _ in range(8)]
-    now = 0
     while True:
-        turn = traffic.due(now)
+        turn = traffic.due()
         if turn is None:
             prompt, turns = systems[traffic.zipf(8)], int(random.geometric(0.25))
         else:
@@ -69,17 +70,15 @@ def chat(traffic: Traffic) -> Iterator[Prompt]:
         prompt = prompt + traffic.blocks(traffic.lengths(2, 0.8))
         yield prompt
         if turns > 1:
-            traffic.wait(now + traffic.lengths(150, 1.5, 10_000), prompt, turns - 1)
-        now += 1
+            traffic.wait(traffic.lengths(150, 1.5, 10_000), prompt, turns - 1)
 
 
 def agents(traffic: Traffic) -> Iterator[Prompt]:
     """Yield agents that call tools: long prompts that grow in bursts, behind tool descriptions."""
     random = traffic.random
     tools = [traffic.blocks(traffic.lengths(8, 0.5)) for _ in range(12)]
-    now = 0.0
     while True:
-        step = traffic.due(now)
+        step = traffic.due()
         if step is None:
             prompt = tools[traffic.zipf(12)] + traffic.blocks(traffic.lengths(4, 0.8))
             turns = int(random.geometric(0.1))
@@ -89,11 +88,9 @@ def agents(traffic: Traffic) -> Iterator[Prompt]:
         yield prompt
         if turns > 1:
             # One step in ten waits for a person.
-            wait = (
-                traffic.lengths(400, 1.0, 5000) if random.random() < 0.1 else random.exponential(20)
-            )
-            traffic.wait(now + wait, prompt, turns - 1)
-        now += 1
+            is_person = random.random() < 0.1
+            delay = traffic.lengths(400, 1.0, 5000) if is_person else random.exponential(20)
+            traffic.wait(delay, prompt, turns - 1)
 
 
 def evaluation(traffic: Traffic) -> Iterator[Prompt]:
@@ -114,9 +111,8 @@ def one_shot(traffic: Traffic) -> Iterator[Prompt]:
     """Yield documents that occur once, some behind system prompts, and a few that recur."""
     random = traffic.random
     systems = [traffic.blocks(traffic.lengths(2, 0.7)) for _ in range(30)]
-    now = 0
     while True:
-        again = traffic.due(now)
+        again = traffic.due()
         if again is not None:
             yield again[0]
         else:
@@ -124,8 +120,7 @@ def one_shot(traffic: Traffic) -> Iterator[Prompt]:
             prompt = system + traffic.blocks(traffic.lengths(12, 0.9))
             yield prompt
             if random.random() < 0.04:
-                traffic.wait(now + traffic.lengths(200, 1.5, 10_000), prompt, 1)
-        now += 1
+                traffic.wait(traffic.lengths(200, 1.5, 10_000), prompt, 1)
 
 
 def shifting(traffic: Traffic) -> Iterator[Prompt]:
@@ -147,9 +142,8 @@ def mixed(traffic: Traffic) -> Iterator[Prompt]:
     systems = [[-1 - 100 * which - at for at in range(2 + 2 * which)] for which in range(16)]
     popularity = 1 / np.arange(1, 17)
     popularity /= popularity.sum()
-    now = 0
     while True:
-        turn = traffic.due(now)
+        turn = traffic.due()
         if turn is not None:
             prompt = turn[0]
             added = 1 + int(random.geometric(0.4))
@@ -160,10 +154,9 @@ def mixed(traffic: Traffic) -> Iterator[Prompt]:
         prompt = prompt + traffic.blocks(added)
         yield prompt
         if random.random() < (0.75 if turn is not None else 0.4):
-            wait = 1 + int(random.lognormal(4.0, 1.2))
+            delay = 1 + int(random.lognormal(4.0, 1.2))
             # The last block of a prompt is partly filled, and the next turn fills it differently.
-            traffic.wait(now + wait, prompt[:-1], 1)
-        now += 1
+            traffic.wait(delay, prompt[:-1], 1)
 
 
 KINDS: dict[str, Callable[[Traffic], Iterator[Prompt]]] = {
