@@ -28,11 +28,12 @@ def leaving(
     count: int,
     wanted: Callable[[Int32], NDArray[np.bool_]],
     num_looked_at: int,
-) -> Int32:
+) -> tuple[Int32, bool]:
     """Return the first `count` wanted blocks in the order in which blocks would be evicted.
 
-    Looks at the next `num_looked_at` blocks, or at fewer if idle leaves, and idle blocks before
-    them, are fewer. Does not consider quotas. O(blocks looked at * log blocks).
+    Looks at the next `num_looked_at` blocks, and returns True if there are more. Those are idle
+    leaves, and idle blocks before them. Does not consider quotas.
+    O(blocks looked at * log blocks).
     """
     order, found, num_found = _Order(evictor), list[Int32](), 0
     num_gone: dict[Node, int] = {}  # children that have left
@@ -51,7 +52,7 @@ def leaving(
             num_gone[parent] = num_gone.get(parent, 0) + 1
             if num_gone[parent] == len(parent.children):
                 order.push(parent, len(parent.blocks))
-    return np.concatenate([NO_BLOCKS, *found]).astype(np.int32)[:count]
+    return np.concatenate([NO_BLOCKS, *found]).astype(np.int32)[:count], num_looked_at <= 0
 
 
 class _Order:
