@@ -154,7 +154,7 @@ class CachedBlocks:
         with state.lock, state.change:
             state.change.begin()
             count = state.evictor.evict_namespace(namespace)
-            state.totals["evicted"] += count
+            state.totals["total_evicted"] += count
             return count
 
     def mark_offered(self, blocks: Int32) -> None:
