@@ -64,20 +64,26 @@ class Output:
 
     @property
     def token_ids(self) -> list[int]:
-        """Return the token ids of the first sample. O(1)."""
-        return self.samples[0].token_ids
+        """Return the token ids of the first sample, [] before its first token. O(1)."""
+        return self.samples[0].token_ids if self.samples else []
 
     @property
     def finish_reason(self) -> FinishReason | None:
         """Return why the first sample ended, None before that. O(1)."""
-        return self.samples[0].finish_reason
+        return self.samples[0].finish_reason if self.samples else None
 
     @property
     def text(self) -> str:
-        """Return the text of the first sample. Raises: `ValueError` without a tokenizer."""
-        text = self.samples[0].text
+        """Return the text of the first sample. O(1).
+
+        Raises: `ValueError` before the request has ended, or without a tokenizer.
+        """
+        text = self.samples[0].text if self.samples else None
         if text is None:
-            raise ValueError(f"request {self.request_id!r} has no text. {_NO_TOKENIZER}")
+            raise ValueError(
+                f"request {self.request_id!r} has no text: an engine with a tokenizer sets it "
+                f"at the end. {_NO_TOKENIZER}"
+            )
         return text
 
 

@@ -51,6 +51,14 @@ def test_tokens_depend_on_all_earlier_tokens(budget: int) -> None:
         engine.check_idle()
 
 
+def test_a_waiting_request_has_an_empty_output() -> None:
+    with ToyEngine() as engine, engine.pause():
+        output = engine.ask([5, 6, 7], 9).partial()
+        assert (output.token_ids, output.finish_reason) == ([], None)
+        with pytest.raises(ValueError, match=r"has no text: .* at the end\."):
+            output.text  # noqa: B018
+
+
 def test_a_stream_yields_tokens_and_then_the_result() -> None:
     with ToyEngine() as engine:
         stream = engine.ask([5, 6, 7], 9)

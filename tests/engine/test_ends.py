@@ -35,7 +35,7 @@ def test_cancelling_a_request_affects_no_other_request(steps: int) -> None:
         with pytest.raises(RequestCancelled, match="was cancelled"):
             stream.result(timeout=60)
         assert other.result().token_ids == expected([7, 8, 9], NEW)
-        assert len(stream.partial().samples[0].token_ids if stream.partial().samples else []) < 50
+        assert len(stream.partial().token_ids) < 50
         engine.check_idle()
 
 
