@@ -166,11 +166,11 @@ def test_a_near_tie_is_named_and_is_exit_code_0(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 @needs_model
 def test_wrong_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvpager.integrations.huggingface.cache import view_attention
+    from kvpager.integrations.huggingface.cache import paged_view
 
-    genuine = view_attention.attend_in_place
+    genuine = paged_view.attend_in_place
     monkeypatch.setattr(
-        view_attention, "attend_in_place", lambda *args, **options: genuine(*args, **options) * 1.5
+        paged_view, "attend_in_place", lambda *args, **options: genuine(*args, **options) * 1.5
     )
     result = call(*QUICK)
     assert result.exit_code == 1

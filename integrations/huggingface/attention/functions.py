@@ -26,7 +26,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvpager.integrations.huggingface.attention import packed_custom_ops
 from kvpager.integrations.huggingface.attention.packed import PackedView
-from kvpager.integrations.huggingface.cache import custom_ops, view_attention
+from kvpager.integrations.huggingface.cache import custom_ops
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 
 NAME = "kvpager"
@@ -126,7 +126,7 @@ def in_place(
         if view is None or not view.budget.in_place:
             return None
         shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
-        attend = functools.partial(view_attention.attend, view)
+        attend = view.attend
     return _attend(attend, shown, module, query, mask, **kwargs)
 
 
@@ -171,7 +171,7 @@ def _attend(
             return None
     if position_bias is not None:
         mask = _biased(position_bias, mask)
-    options = {"scaling": scaling, "causal": causal, "softcap": softcap}
+    options = {"softmax_scale": scaling, "causal": causal, "softcap": softcap}
     if window is not None:
         options["window"] = window
     return attend(query, mask=mask, sinks=s_aux, **options)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kvpager.integrations.huggingface.cache import view_attention
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
@@ -125,13 +124,14 @@ def attend(
     mask: Tensor | None,
     sinks: Tensor | None,
     *,
-    scaling: float | None,
+    softmax_scale: float | None,
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
-    """Call `view_attention.attend` for the columns behind `mark`. Traced."""
+    """Call `PagedView.attend` for the columns behind `mark`. Traced."""
     columns = (mark.place, mark.layer.number, mark.start, mark.stop)
-    output: Tensor = _attend(query, *columns, value_dim, mask, sinks, scaling, causal, softcap)
+    options = (softmax_scale, causal, softcap)
+    output: Tensor = _attend(query, *columns, value_dim, mask, sinks, *options)
     return output
 
 
@@ -186,14 +186,13 @@ def _attend(
     value_dim: int,
     mask: Tensor | None,
     sinks: Tensor | None,
-    scaling: float | None,
+    softmax_scale: float | None,
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
     view = _layers[int(place), layer].view(start, stop)
-    return view_attention.attend(
-        view, query, mask, sinks, scaling=scaling, causal=causal, softcap=softcap
-    )
+    options: Any = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
+    return view.attend(query, mask, sinks, **options)
 
 
 @_attend.register_fake

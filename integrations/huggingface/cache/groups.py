@@ -212,8 +212,7 @@ class LayerGroup:
             if not on_host and rows is None:  # the usual case
                 pool.write(places.device, packed(key), packed(value), slots)
                 continue
-            place = places.host if on_host else places.device
-            assert place is not None
+            place = places.on(on_host)
             of_rows = (key, value) if rows is None else (key[rows], value[rows])
             keys, values = (packed(states).to(place.storage.device) for states in of_rows)
             pool.write(place, keys, values, slots)
@@ -230,7 +229,11 @@ class LayerGroup:
     def parts(self, number: int, num_columns: int) -> list[Part]:
         """Return the parts of a view of a layer's first columns, one for each tier. O(1)."""
         assert self.tensors is not None
-        return self.tensors.parts(number, *self.members.at(number), num_columns)
+        kind, places = self.members.at(number)
+        return [
+            Part(places.on(tables.on_host), tables.rows, tables.tables)
+            for tables in self.tensors.tables(num_columns, kind.device)
+        ]
 
     def _freeze_views(self) -> None:
         """Materialise live views and drop tensors, before the blocks or tables change."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, LayerCaches, gather_kv
+from kvpager.ops import attend as attend_in_place
 from kvpager.plans import Int64
 
 
@@ -27,17 +29,25 @@ class Part(NamedTuple):
         """Return the layer's blocks."""
         return self.place.storage.caches(self.place.layer)
 
-    def dense(self, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Gather the last columns as [rows, columns, kv_heads, dim]; padding is zero."""
-        dtype, caches = self.place.storage.dtype, self.caches()
+    def dense(self, which: int, num_columns: int) -> Tensor:
+        """Gather the last columns of keys (0) or values (1): [rows, columns, kv_heads, dim]."""
+        cache, *scales = self.caches().tensors[which::2]
+        scale, dtype = scales[0] if scales else None, self.place.storage.dtype
         rows = self.tables.block_tables, self.tables.seq_lens
-        key, value = (
-            gather_kv(cache, *rows, num_columns, scales=scale, dtype=dtype)
-            for cache, scale in zip(
-                (caches.key, caches.value), caches.scales or (None, None), strict=True
-            )
-        )
-        return key, value
+        return gather_kv(cache, *rows, num_columns, scales=scale, dtype=dtype)
+
+    def attend(
+        self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """Return the output of these rows among the rows of `query`; see `PagedView.attend`."""
+        if self.rows is not None:
+            query = query[self.rows]
+            mask = mask if mask is None or len(mask) == 1 else mask[self.rows]
+        rows, query_heads, q_len, _ = query.shape
+        blocks = self.on(query.device)
+        args = blocks.tables.args(q_len, mask=mask, **options)
+        output = attend_in_place(packed(query), blocks.caches, args, sinks=sinks)
+        return output.view(rows, q_len, query_heads, -1)
 
     def on(self, device: torch.device) -> Blocks:
         """Return the blocks for a kernel on `device`. O(1), or O(bytes) for a copy to it."""
@@ -83,8 +93,8 @@ def packed(states: Tensor) -> Tensor:
 class PagedView:
     """A layer's keys and values of columns `start` to `stop` at the time it was made.
 
-    It reads the blocks in place until they change. Before a change, the group calls `materialise`,
-    so that a live view keeps its content.
+    It reads the blocks in place until they change. Before a change, the group calls `dense`, so
+    that a live view keeps its content.
     """
 
     __slots__ = (
@@ -113,41 +123,54 @@ class PagedView:
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
-        """Return True if both views can be read in place, and show the same columns. O(1)."""
+        """Return True if both views can be read in place, and show the same columns. O(parts)."""
         if self._dense is not None or other._dense is not None:
             return False
-        # Views of one group share one list of parts until the group changes.
         return self is other or (
-            self.parts is other.parts and (self.start, self.stop) == (other.start, other.stop)
+            (self.start, self.stop) == (other.start, other.stop)
+            # Views of one group share its tables until the group changes.
+            and all(
+                mine.place == theirs.place and mine.tables is theirs.tables
+                for mine, theirs in zip(self.parts, other.parts, strict=False)
+            )
         )
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [rows, kv_heads, columns, dim]. Gathers once; padding is zero."""
         if self._dense is None:
             self.budget.counters.gathers += 1
-            num_columns = self.stop - self.start
-            if len(self.parts) == 1:
-                key, value = (each.to(self.device) for each in self.parts[0].dense(num_columns))
-            else:
-                key, value = self._joined(num_columns)
-            # Contiguous like a result of `torch.cat`, since some models call `view` on it.
-            self._dense = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
+            self._dense = self._gathered(0), self._gathered(1)
         return self._dense
 
-    def _joined(self, num_columns: int) -> tuple[Tensor, Tensor]:
-        heads, key_dim, value_dim = self.shape
-        key, value = (
-            torch.empty(
-                self.num_rows, num_columns, heads, dim, dtype=self.dtype, device=self.device
-            )
-            for dim in (key_dim, value_dim)
-        )
-        for part in self.parts:
-            for whole, of_part in zip((key, value), part.dense(num_columns), strict=True):
-                whole[part.rows] = of_part.to(self.device)
-        return key, value
+    def _gathered(self, which: int) -> Tensor:
+        heads, *dims = self.shape
+        num_columns = self.stop - self.start
+        parts = (part.dense(which, num_columns).to(self.device) for part in self.parts)
+        # Contiguous like a result of `torch.cat`, since some models call `view` on it.
+        return self._joined(parts, num_columns, heads, dims[which]).transpose(1, 2).contiguous()
 
-    materialise = dense
+    def attend(
+        self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, **options: Any
+    ) -> Tensor:
+        """Return the output [rows, q_len, query_heads, value_dim].
+
+        `query` is [rows, query_heads, q_len, dim]; `options` are those of `RowTables.args`. Reads
+        the blocks in place, and counts the read. O(queries * kv tokens * heads * dims).
+        """
+        self.budget.counters.in_place_reads += 1
+        if self.start:
+            options["num_columns"] = self.stop - self.start
+        outputs = (part.attend(query, mask, sinks, options) for part in self.parts)
+        return self._joined(outputs, query.shape[2], query.shape[1], self.shape.value_head_dim)
+
+    def _joined(self, of_parts: Iterator[Tensor], *shape: int) -> Tensor:
+        """Return the rows of all parts, of `shape` each, in the order of the batch."""
+        if len(self.parts) == 1:
+            return next(of_parts)
+        joined = torch.empty(self.num_rows, *shape, dtype=self.dtype, device=self.device)
+        for part, of_part in zip(self.parts, of_parts, strict=True):
+            joined[part.rows] = of_part
+        return joined
 
 
 class Views(weakref.WeakSet[PagedView]):
@@ -156,5 +179,5 @@ class Views(weakref.WeakSet[PagedView]):
     def freeze(self) -> None:
         """Materialise and forget all views, before the blocks change. O(bytes shown)."""
         for view in list(self):
-            view.materialise()
+            view.dense()
         self.clear()

@@ -78,6 +78,12 @@ class Places(NamedTuple):
     device: Place
     host: Place | None
 
+    def on(self, on_host: bool) -> Place:
+        """Return the storage of one tier."""
+        place = self.host if on_host else self.device
+        assert place is not None
+        return place
+
 
 @dataclass
 class _Segment:

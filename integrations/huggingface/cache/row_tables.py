@@ -45,7 +45,7 @@ class RowTables:
         *,
         softmax_scale: float | None,
         causal: bool = True,
-        window: int | None,
+        window: int | None = None,
         softcap: float | None,
         mask: Tensor | None = None,
         num_columns: int | None = None,

@@ -11,10 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.columns import Columns
-from kvpager.integrations.huggingface.cache.paged_view import Part
-from kvpager.integrations.huggingface.cache.pools import Places
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.integrations.huggingface.cache.rows import BatchRows, Partition
 from kvpager.kernels.host_rows import to_device
@@ -51,7 +48,6 @@ class StepTensors:
         """Drop all tensors, since the batch changes. O(1)."""
         self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
-        self._parts: dict[tuple[int, int], list[Part]] = {}
         self._new: tuple[int, int, list[Int64]] | None = None
 
     def note_new(self, start: int, stop: int, slots: list[Int64]) -> None:
@@ -101,24 +97,11 @@ class StepTensors:
         """Return the rows' indices, or None for all rows."""
         return None if len(partition.rows) == len(self._rows) else to_device(partition.rows, device)
 
-    def parts(self, number: int, kind: LayerKind, places: Places, num_columns: int) -> list[Part]:
-        """Return the parts of a view of layer `number`, one for each tier with rows.
-
-        O(rows * blocks), or O(1) if they were made before.
-        """
-        parts = self._parts.get((number, num_columns))
-        if parts is None:
-            parts = self._parts[number, num_columns] = []
-            for each in self._tables_of(kind.device, num_columns):
-                place = places.host if each.on_host else places.device
-                assert place is not None
-                parts.append(Part(place, each.rows, each.tables))
-        return parts
-
-    def _tables_of(self, device: torch.device, num_columns: int) -> list[Tables]:
-        """Return block tables and lengths for each tier with rows.
+    def tables(self, num_columns: int, device: torch.device) -> list[Tables]:
+        """Return block tables and lengths at `num_columns` columns, for each tier with rows.
 
         All layers of a step share one tensor, and with it the kernel's plan.
+        O(rows * blocks), or O(1) if they were made before.
         """
         found = self._tables.get((device, num_columns))
         if found is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kvpager
-from kvpager.integrations.huggingface.cache import view_attention
+from kvpager.integrations.huggingface.cache import paged_view
 from kvpager.kernels import backends, reference
 from kvpager.kernels.cpu.attention import PagedAttention
 from kvpager.ops import AttentionArgs, attend
@@ -73,7 +73,7 @@ def test_layers_of_one_kind_share_their_attention_arguments(
         read.append(args)
         return attend(query, caches, args, **options)
 
-    monkeypatch.setattr(view_attention, "attend_in_place", recording)
+    monkeypatch.setattr(paged_view, "attend_in_place", recording)
     model = tiny_models.tiny_model(name)
     with kvpager.patch(model):
         # No longer than the window: the end of a longer prompt is stored, and read dense.
