@@ -118,7 +118,7 @@ def in_place(
         if mark is None or not mark.layer.group.budget.in_place:
             return None
         shown = Shown(key.shape[0], key.shape[2], key.dtype)
-        attend = functools.partial(custom_ops.attend, mark, value_dim=value.shape[3])
+        attend: Any = functools.partial(custom_ops.attend, mark, value_dim=value.shape[3])
     else:
         view = common_view(key, value)
         if isinstance(view, PackedView):

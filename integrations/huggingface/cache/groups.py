@@ -18,11 +18,7 @@ from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
-from kvpager.integrations.huggingface.cache.pools import (
-    PagedPool,
-    Places,
-    waiting_for_room,
-)
+from kvpager.integrations.huggingface.cache.pools import PagedPool, Places, waiting_for_room
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
@@ -47,9 +43,10 @@ class LayerGroup:
         self.window = window
         self.members = LayerPlaces(num_layers)
         self.columns = Columns()
+        self.rows = BatchRows(memory)
+        self.tensors = StepTensors(self.rows, self.columns)
         self.views = Views()
-        self.rows: BatchRows | None = None  # None before a layer is bound
-        self.tensors: StepTensors | None = None  # of the rows
+        self.pool: PagedPool | None = None  # of the rows; None before a layer is bound
         self.layout: object = None
         self.prompt: Prompt | None = None
         self.holds_text = True  # False if its layers attend to other inputs, such as an image
@@ -65,20 +62,14 @@ class LayerGroup:
         if rows is not None:
             rows.discard()
 
-    @property
-    def pool(self) -> PagedPool | None:
-        """The device's pool of the rows; None before a layer is bound."""
-        return None if self.rows is None else self.rows.pool
-
     def pool_in(self, tier: Tier) -> PagedPool | None:
         """Return the tier's pool of the rows; None before a layer is bound. O(1)."""
-        pool = self.pool
-        return pool.host if pool is not None and tier == "host" else pool
+        return self.pool.host if self.pool is not None and tier == "host" else self.pool
 
     @property
     def num_rows(self) -> int:
         """Rows of the batch; 0 before the first token."""
-        return 0 if self.rows is None else len(self.rows)
+        return len(self.rows)
 
     @property
     def num_columns(self) -> int:
@@ -103,43 +94,34 @@ class LayerGroup:
 
     def bind(self, kind: LayerKind, number: int) -> None:
         """Reserve storage for layer `number` in the pool. Raises: `OutOfBlocks`."""
-        if self.rows is None:
-            if self.members.expected is None:
-                self._enter(BatchRows(self.memory.new_pool()))
-            else:
-                self.layout = (self.members.expected, self.window, kind)
-                self._enter(BatchRows(self.memory.pool(self.layout)))
-        assert self.rows is not None
-        rows = self.rows
+        if self.pool is None:
+            # A cache whose layers are not known beforehand has a pool of its own.
+            known = self.members.expected is not None
+            self._enter((self.members.expected, self.window, kind) if known else object())
         with self.lock:
-            places = waiting_for_room(rows.pool, lambda: self._find_places(rows, kind, number))
+            places = waiting_for_room(self.rows.pool, lambda: self._find_places(kind, number))
         count = self.members.place(number, kind, places)
         if count:
             self.memory.note_layers(PagedLayers(kind, self.window), count)
 
-    def _find_places(self, rows: BatchRows, kind: LayerKind, number: int) -> Places:
-        num_layers = self.members.expected or number + 1
+    def _find_places(self, kind: LayerKind, number: int) -> Places:
+        rows, num_layers = self.rows, self.members.expected or number + 1
         try:
             return rows.places(kind, number, num_layers)
         except OutOfBlocks:
-            if not self._leave_device(rows):
+            if rows.pool.host is None:
+                raise
+            # The pool was sized while it knew fewer layers: move its rows to host memory.
+            self._freeze_views()
+            rows.leave_device()
+            if not rows.pool.minimise():  # other caches hold blocks
                 raise
             return rows.places(kind, number, num_layers)
 
-    def _leave_device(self, rows: BatchRows) -> bool:
-        """Move all rows to host memory and shrink the pool, so that further layers fit.
-
-        The pool was sized while it knew fewer layers. Returns False without host memory, or if
-        other caches hold blocks.
-        """
-        if rows.pool.host is None:
-            return False
-        self._freeze_views()
-        rows.leave_device()
-        return rows.pool.minimise()
-
-    def _enter(self, rows: BatchRows) -> None:
-        self.rows, self.tensors = rows, StepTensors(rows, self.columns)
+    def _enter(self, layout: object) -> None:
+        """Take the pool of a layout for the rows, of which there are none yet."""
+        self.rows.pool = self.memory.pool(layout)
+        self.layout, self.pool = layout, self.rows.pool
 
     # ---------------------------------------------------------------- writing
 
@@ -152,7 +134,6 @@ class LayerGroup:
         """
         self.check_takes(num_rows, start, num_new)
         columns, rows, stop = self.columns, self.rows, start + num_new
-        assert rows is not None
         if not columns.agree_with_write(num_rows, start, stop):
             self.prompt = None
         if not len(rows):
@@ -166,15 +147,12 @@ class LayerGroup:
         ids = self.prompt.ids(columns.padding, start, stop) if self.prompt else []
         # If the token fits into the last blocks, tables and views do not change.
         if num_new != 1 or ids or not rows.fill():
-            self._append(rows, start, stop, ids, keep_from)
+            self._append(start, stop, ids, keep_from)
         columns.add(start, stop)
 
-    def _append(
-        self, rows: BatchRows, start: int, stop: int, ids: list[Int32], keep_from: int
-    ) -> None:
-        assert self.tensors is not None
+    def _append(self, start: int, stop: int, ids: list[Int32], keep_from: int) -> None:
         self._freeze_views()
-        lengths = self.columns.lengths
+        rows, lengths = self.rows, self.columns.lengths
         if keep_from:
             # A sequence's tokens are consecutive, so append the earlier tokens piece by piece, and
             # free each piece. O(stop / window) calls of the manager.
@@ -205,8 +183,6 @@ class LayerGroup:
 
     def write(self, number: int, start: int, key: Tensor, value: Tensor) -> None:
         """Write a layer's new columns, from `start`: [rows, kv_heads, new, dim]. O(tokens)."""
-        assert self.rows is not None
-        assert self.tensors is not None
         pool, places = self.rows.pool, self.members.at(number)[1]
         for rows, slots, on_host in self.tensors.slots(start, start + key.shape[2], key.device):
             if not on_host and rows is None:  # the usual case
@@ -228,7 +204,6 @@ class LayerGroup:
 
     def parts(self, number: int, num_columns: int) -> list[Part]:
         """Return the parts of a view of a layer's first columns, one for each tier. O(1)."""
-        assert self.tensors is not None
         kind, places = self.members.at(number)
         return [
             Part(places.on(tables.on_host), tables.rows, tables.tables)
@@ -238,8 +213,7 @@ class LayerGroup:
     def _freeze_views(self) -> None:
         """Materialise live views and drop tensors, before the blocks or tables change."""
         self.views.freeze()
-        if self.tensors is not None:
-            self.tensors.clear()
+        self.tensors.clear()
 
     def num_blocks_in(self, tier: Tier) -> int:
         """Return the number of blocks that the rows hold in a tier. O(blocks)."""
@@ -248,8 +222,6 @@ class LayerGroup:
 
     def holdings(self) -> list[Holding]:
         """Count the blocks that the rows hold, in each tier. O(blocks)."""
-        if self.rows is None:
-            return []
         with self.lock:
             return [Holding.of(partition) for partition in self.rows.partitions()]
 
@@ -259,10 +231,8 @@ class LayerGroup:
         self, layout: object, sequences: list[SequenceHandle], key: PrefixKey, num_columns: int
     ) -> None:
         """Begin with sequences whose first `num_columns` columns are cached. O(rows)."""
-        self.layout = layout
-        rows = BatchRows(self.memory.pool(layout))
-        rows.adopt(sequences, key)
-        self._enter(rows)
+        self._enter(layout)
+        self.rows.adopt(sequences, key)
         self.columns.start_at(num_columns)
 
     def join(self, parts: list[LayerGroup], order: Int64, padding: Int64) -> None:
@@ -270,13 +240,9 @@ class LayerGroup:
 
         The parts have one layout. With `padding` [rows], all rows have one length.
         """
-        first = parts[0].rows
-        assert first is not None
-        self.layout = parts[0].layout
-        rows = BatchRows(first.pool)
+        self._enter(parts[0].layout)
         lengths = np.concatenate([part.columns.lengths(part.num_columns) for part in parts])[order]
-        rows.join([part.rows for part in parts if part.rows is not None], order)
-        self._enter(rows)
+        self.rows.join([part.rows for part in parts], order)
         self.columns.padding = padding
         self.columns.start_at(int((padding + lengths).max()))
         assert (padding + lengths == self.num_columns).all()
@@ -289,7 +255,7 @@ class LayerGroup:
 
     def commit(self) -> None:
         """Publish the full blocks of known tokens, which all layers have written. O(blocks)."""
-        if self.rows is not None and self.prompt is not None:
+        if self.prompt is not None:
             self.rows.commit()
             self.memory.keep(self.rows.pool)
 
@@ -308,7 +274,7 @@ class LayerGroup:
 
     def select(self, rows: list[int]) -> None:
         """Make row i what row `rows[i]` was; rows may repeat. O(rows + blocks)."""
-        if self.rows is None or not self.num_rows or rows == list(range(self.num_rows)):
+        if not self.num_rows or rows == list(range(self.num_rows)):
             return
         chosen = np.asarray(rows, np.int64)
         self._change_place()
@@ -320,7 +286,7 @@ class LayerGroup:
 
     def truncate(self, num_columns: int) -> None:
         """Remove all columns from `num_columns` on. O(rows + blocks)."""
-        if self.rows is None or not self.num_rows or num_columns >= self.num_columns:
+        if not self.num_rows or num_columns >= self.num_columns:
             return
         self._change_place()
         self._freeze_views()
@@ -333,7 +299,7 @@ class LayerGroup:
 
     def forget_before(self, column: int) -> None:
         """Free the blocks wholly before `column`. O(rows + blocks)."""
-        if self.rows is None or not self.num_rows or column <= 0:
+        if not self.num_rows or column <= 0:
             return
         starts = self.columns.lengths(column)
         blocks = starts // self.rows.pool.block_size
@@ -347,14 +313,13 @@ class LayerGroup:
         """Remove all rows and free their blocks. O(rows + blocks)."""
         self._change_place()
         self._freeze_views()
-        if self.rows is not None:
-            self.rows.free()
+        self.rows.free()
         self.columns.reset()
         self.prompt = None
 
     def leave(self, reason: str) -> None:
         """Record that a layer has left the blocks, for `reason`. The last one frees the rows."""
-        self.members.leave()
+        self.members.num_left += 1
         self.memory.note_unpaged(reason, self.members.num_left)
         self._free_if_left()
 
@@ -375,11 +340,11 @@ class LayerGroup:
     def fork(self) -> LayerGroup:
         """Return a fork that shares every block of this group. O(rows + blocks)."""
         fork = LayerGroup(self.memory, self.members.expected, self.window)
-        fork.layout, fork.prompt = self.layout, self.prompt
+        fork.layout, fork.pool, fork.prompt = self.layout, self.pool, self.prompt
         fork.origin, fork.holds_text = self.origin, self.holds_text
         fork.members, fork.columns = self.members.copy(), self.columns.fork()
-        if self.rows is not None:
-            fork._enter(self.rows.fork())
+        fork.rows = self.rows.fork()
+        fork.tensors = StepTensors(fork.rows, fork.columns)
         return fork
 
     def new_apart(self) -> LayerGroup:

@@ -22,18 +22,18 @@ class LayerPlaces:
         self.column_bytes = 0  # bytes of a column of a row in all layers, in `DynamicCache`
         self._places: dict[int, tuple[LayerKind, Places]] = {}
         self._bound: Counter[LayerKind] = Counter()
-        self._num_left = 0  # layers that are no longer kept in blocks
+        self.num_left = 0  # layers that are no longer kept in blocks
         self._num_away = 0  # layers that moved to another group
 
-    @property
-    def num_left(self) -> int:
-        """The number of layers that are no longer kept in blocks."""
-        return self._num_left
+    def add(self) -> int:
+        """Add a layer. Returns its number. O(1)."""
+        self.count += 1
+        return self.count - 1
 
     @property
     def are_gone(self) -> bool:
         """Return True if no layer is kept in this group's blocks."""
-        return self._num_left + self._num_away == self.count
+        return self.num_left + self._num_away == self.count
 
     @property
     def first_kind(self) -> LayerKind:
@@ -57,10 +57,6 @@ class LayerPlaces:
         self._bound[kind] += 1
         return self._bound[kind]
 
-    def leave(self) -> None:
-        """Record that a layer is no longer kept in blocks. O(1)."""
-        self._num_left += 1
-
     def move(self, number: int, target: LayerPlaces, *, to_fork: bool) -> int:
         """Move layer `number` to `target`. Returns the layer's number there. O(1).
 
@@ -74,8 +70,7 @@ class LayerPlaces:
             target._num_away -= 1
             target.column_bytes += size
             return number
-        target.count += 1
-        return target.count - 1
+        return target.add()
 
     def copy(self) -> LayerPlaces:
         """Return a copy for a fork of the group. O(layers)."""

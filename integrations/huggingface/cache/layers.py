@@ -40,10 +40,9 @@ class PagedLayer(DynamicLayer):
 
     _layer_type = None
 
-    def __init__(self, group: LayerGroup, number: int) -> None:
+    def __init__(self, group: LayerGroup) -> None:
         self.group = group
-        group.members.count += 1
-        self.number = number  # index in the group
+        self.number = group.members.add()  # index in the group
         self.num_columns = 0
         self.kind: LayerKind | None = None
         custom_ops.enter(self)
@@ -239,8 +238,8 @@ class PagedSlidingWindowLayer(PagedLayer):
     is_sliding = True
     _plain_class = DynamicSlidingWindowLayer
 
-    def __init__(self, group: LayerGroup, number: int, sliding_window: int) -> None:
-        super().__init__(group, number)
+    def __init__(self, group: LayerGroup, sliding_window: int) -> None:
+        super().__init__(group)
         self.sliding_window = sliding_window
         self._sliding_window_tensor = torch.tensor(sliding_window, dtype=torch.long)
         self.record_past = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -40,13 +41,6 @@ _CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
 _NOT_COPIED = {
     "layers", "groups", "memory", "layer_class_to_replicate", "_before", "_last_written",
 }  # fmt: skip
-
-
-class _Lengths(NamedTuple):
-    """The columns of a cache's layers and groups, by `id`."""
-
-    of_layers: dict[int, int]
-    of_groups: dict[int, int]
 
 
 class PagedCache(DynamicCache):
@@ -110,10 +104,8 @@ class PagedCache(DynamicCache):
     def _page(self, memory: PagedMemory, config: Any) -> None:
         self.memory = memory
         self.groups: list[LayerGroup] = []
-        self._before = _Lengths({}, {})
-        self._last_written = (
-            sys.maxsize
-        )  # index of the last written layer; a lower one is a new pass
+        self._before: dict[int, int] = {}  # columns of layers and groups before the pass, by `id`
+        self._last_written = sys.maxsize  # index of a layer; writing a lower one begins a pass
         if self.layer_class_to_replicate is not None:
             self._page_lazily(LayerGroup(memory, None, None))
             return
@@ -128,19 +120,18 @@ class PagedCache(DynamicCache):
             group = LayerGroup(memory, len(indices), window)
             group.holds_text = not is_across
             self.groups.append(group)
-            for number, index in enumerate(indices):
+            for index in indices:
                 if window is None:
-                    self.layers[index] = PagedLayer(group, number)
+                    self.layers[index] = PagedLayer(group)
                 else:
-                    sliding = PagedSlidingWindowLayer(group, number, window)
+                    sliding = PagedSlidingWindowLayer(group, window)
                     sliding.record_past = getattr(self.layers[index], "record_past", False)
                     self.layers[index] = sliding
 
     def _page_lazily(self, group: LayerGroup) -> None:
         """Make layers when they are first written, all in one group."""
         self.groups = [group]
-        layers = self.layers  # not self: a reference cycle would delay freeing the blocks
-        make: Any = lambda: PagedLayer(group, len(layers))  # noqa: E731
+        make: Any = functools.partial(PagedLayer, group)
         self.layer_class_to_replicate = custom_ops.on_the_host(make)
 
     # ---------------------------------------------------------------- operations on the batch
@@ -248,10 +239,8 @@ class PagedCache(DynamicCache):
     def _note_lengths(self) -> None:
         """Record the lengths of layers and groups before a forward pass. O(layers)."""
         layers = self.paged_layers()
-        self._before = _Lengths(
-            {id(layer): layer.num_columns for layer in layers},
-            {id(group): group.num_columns for group in self.groups},
-        )
+        self._before = {id(layer): layer.num_columns for layer in layers}
+        self._before |= {id(group): group.num_columns for group in self.groups}
         for layer in layers:
             # A layer that was skipped still needs blocks that its group is about to free.
             if layer.is_sliding and 0 < layer.num_columns < layer.group.num_columns:
@@ -260,9 +249,9 @@ class PagedCache(DynamicCache):
     def _take_back(self) -> None:
         """Restore the lengths from before the forward pass. O(rows + blocks)."""
         for layer in self.paged_layers():
-            layer.num_columns = self._before.of_layers.get(id(layer), 0)
+            layer.num_columns = self._before.get(id(layer), 0)
         for group in self.groups:
-            num_columns = self._before.of_groups.get(id(group), 0)
+            num_columns = self._before.get(id(group), 0)
             if num_columns:
                 group.truncate(num_columns)
             else:
@@ -276,7 +265,7 @@ class PagedCache(DynamicCache):
         if group is None:
             group = layer.group.fork_apart(start) if start else layer.group.new_apart()
             self.groups.append(group)
-            self._before.of_groups[id(group)] = start
+            self._before[id(group)] = start
         layer.move(group)
 
     def _select(self, rows: list[int]) -> None:
@@ -366,7 +355,7 @@ class PagedCache(DynamicCache):
             if name not in _NOT_COPIED:
                 fork.__dict__[name] = copy.deepcopy(value, memo)
         fork.memory = self.memory
-        fork._before, fork._last_written = _Lengths({}, {}), sys.maxsize
+        fork._before, fork._last_written = {}, sys.maxsize
         fork.groups = list(forks.values())
         fork.layers = [
             layer.fork(forks[id(layer.group)]) if isinstance(layer, PagedLayer)

@@ -15,6 +15,7 @@ change, and slots are known in advance.
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,8 @@ from kvpager._atomic import whole
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.errors import KVPagerError, OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import LayerKind
-from kvpager.integrations.huggingface.cache.pools import (
-    PagedPool,
-    Places,
-    waiting_for_room,
-)
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.pools import PagedPool, Places, waiting_for_room
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.plans import Int32, Int64
 
@@ -49,24 +47,17 @@ class Partition(NamedTuple):
 class BatchRows:
     """A batch's sequences, over a pool and the host memory behind it."""
 
-    def __init__(self, pool: PagedPool) -> None:
-        self.pool = pool
-        self.lock, self.uninterrupted = pool.lock, pool.uninterrupted
-        self._sequences: list[SequenceHandle] = []
-        self._key: PrefixKey | None = None  # of all rows; its namespace's quota counts the blocks
-        self._on_host: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        self._any_on_host = False
-        self._partitions: list[Partition] | None = None
-        self._room = 0  # tokens that fit into every row's last block, which no other row shares
+    pool: PagedPool  # set before the first row
+    _key: PrefixKey | None  # of all rows; its namespace's quota counts the blocks
+    _partitions: list[Partition] | None  # None if the rows have changed
+
+    def __init__(self, memory: PagedMemory) -> None:
+        self.lock, self.uninterrupted = memory.lock, memory.uninterrupted
         self._last_slots: Int64 = np.zeros(0, np.int64)  # of each row
+        self.adopt([])
 
     def __len__(self) -> int:
         return len(self._sequences)
-
-    @property
-    def any_on_host(self) -> bool:
-        """Return True if a row is in host memory."""
-        return self._any_on_host
 
     def partitions(self) -> list[Partition]:
         """Return the rows by pool, the device's pool first. O(1) until the rows change.
@@ -87,7 +78,9 @@ class BatchRows:
 
     def _become(self, sequences: list[SequenceHandle], on_host: NDArray[np.bool_]) -> None:
         self._sequences, self._on_host = sequences, on_host
-        self._any_on_host, self._partitions, self._room = bool(on_host.any()), None, 0
+        self.any_on_host = bool(on_host.any())
+        self._partitions = None if sequences else []
+        self._room = 0  # tokens that fit into every row's last block, which no other row shares
 
     @whole
     def join(self, parts: list[BatchRows], order: Int64) -> None:
@@ -131,7 +124,7 @@ class BatchRows:
         Raises: `OutOfBlocks`; every row then has its old length.
         """
         self._room = 0
-        if self._any_on_host:
+        if self.any_on_host:
             self._return_some()
         slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
         self._note_room(counts, slots)
@@ -166,7 +159,7 @@ class BatchRows:
 
     def _note_room(self, counts: Int64, slots: list[Int64]) -> None:
         """Compute how many tokens fit after `slots` into every row's last block. O(rows)."""
-        if self._any_on_host or not counts.all():  # rows may return, and empty rows have no block
+        if self.any_on_host or not counts.all():  # rows may return, and empty rows have no block
             return
         size = self.pool.block_size
         self._last_slots = slots[0][np.cumsum(counts) - 1]
@@ -294,13 +287,12 @@ class BatchRows:
     def fork(self) -> BatchRows:
         """Return a second batch that shares every block of this one. O(rows + blocks)."""
         self._room = 0
-        fork = BatchRows(self.pool)
         sequences = [
             self._pool_of(row).manager.fork(sequence)
             for row, sequence in enumerate(self._sequences)
         ]
+        fork = copy.copy(self)
         fork._become(sequences, self._on_host.copy())
-        fork._key = self._key
         return fork
 
     @whole
