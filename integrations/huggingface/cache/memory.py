@@ -118,7 +118,8 @@ class PagedMemory:
         with self.lock:
             pool = self._pools.get(layout)
             if pool is None:
-                pool = self._pools[layout] = PagedPool(self, self._host_pool())
+                host = None if self.host is None else self.host.pool(object())
+                pool = self._pools[layout] = PagedPool(self, host)
             return pool
 
     def keep(self, pool: PagedPool) -> None:
@@ -131,16 +132,6 @@ class PagedMemory:
         """Return the pool for this layout, or None. O(1)."""
         with self.lock:
             return self._pools.get(layout)
-
-    def new_pool(self) -> PagedPool:
-        """Make a pool for a single cache, whose layout is not known beforehand. O(1)."""
-        with self.lock:
-            pool = PagedPool(self, self._host_pool())
-            self._pools[object()] = pool
-            return pool
-
-    def _host_pool(self) -> PagedPool | None:
-        return None if self.host is None else self.host.new_pool()
 
     def pools(self) -> list[PagedPool]:
         """Return the live pools. O(pools)."""
@@ -231,18 +222,13 @@ class PagedMemory:
                 logger.info("kvpager: not paged, transformers' own: %s", what)
             self.unpaged_layers[what] = max(count, self.unpaged_layers.get(what, 0))
 
-    def note_not_kept(self, reason: str | None) -> None:
-        """Count a call whose prompts are not kept; record the reason unless it is None. O(1)."""
+    def note_not_kept(self, reason: str | None, *, warns: bool = False) -> None:
+        """Count a call whose prompts are not kept, by its reason. `warns` logs the first. O(1)."""
+        why = f"prompts not kept: {reason}"
+        if warns and why not in self.fallbacks:
+            logger.warning("kvpager: %s", why)
         with self.lock:
             self.counters.prefix_unserved_calls += 1
-        if reason is not None:
-            self.note_fallback(f"prompts not kept: {reason}")
-
-    def note_obstacle(self, obstacle: str) -> None:
-        """Count a call whose prompts are not kept because of its model; log it once. O(1)."""
-        why = f"prompts not kept: {obstacle}"
-        if why not in self.fallbacks:
-            logger.warning("kvpager: %s", why)
         self.note_fallback(why)
 
     def note_fallback(self, why: str) -> None:

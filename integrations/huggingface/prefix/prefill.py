@@ -13,6 +13,7 @@ transformers' own path.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.columns import ExpectedPrompt, UnexpectedColumns
 from kvpager.integrations.huggingface.cache.generate_calls import Prompts
-from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.prompt import Prompt
 from kvpager.integrations.huggingface.model_state.row_independence import row_dependence
@@ -42,7 +42,7 @@ def prefill(
 
     If it raises, the cache is empty again.
     """
-    cache = inputs.cache
+    cache, compute = inputs.cache, functools.partial(original, **kwargs)
     for group in cache.groups:
         group.reset()  # a batch that was cropped to no columns still has rows
     padding = inputs.left_padding()
@@ -50,14 +50,14 @@ def prefill(
     try:
         if padding is not None:
             try:
-                return _prefill_padded(original, prompts, padding, inputs, **kwargs)
+                return _prefill_padded(compute, prompts, padding, inputs)
             except UnexpectedColumns:
                 cache.reset()
                 cache.memory.calls.note_prompts(None)
                 reason = "a model that adds columns to its prompt, or drops some"
         if prompts is not None:
             cache.memory.note_not_kept(reason)
-        return original(*inputs, **kwargs)
+        return compute(*inputs)
     except BaseException:
         cache.reset()
         raise
@@ -67,11 +67,7 @@ def prefill(
 
 
 def _prefill_padded(
-    original: Prefill,
-    prompts: PromptCache | None,
-    padding: Padding,
-    inputs: PrefillInputs,
-    **kwargs: Any,
+    compute: Prefill, prompts: PromptCache | None, padding: Padding, inputs: PrefillInputs
 ) -> Any:
     """Compute equal rows once, store no padding, and reuse blocks of earlier calls.
 
@@ -89,17 +85,21 @@ def _prefill_padded(
     for group in cache.groups:
         if group.holds_text:
             group.columns.announce(padding, announced)
-    prompt = None
+    prompt: Prompt | str | None = None
     if prompts is not None:
-        prompt, reason = _prompt_to_keep(prompts, cache, inputs, padding, reason)
-    if prompts is not None and prompt is not None:
-        output = _prefill_new(original, prompts, prompt, padding, announced, inputs, **kwargs)
+        reason = reason or prefix_obstacle(cache, inputs, padding)
+        if reason is None:
+            prompts.await_turn(inputs.model, cache)
+            prompt = prompts.prompt(inputs.model, inputs.ids, padding)
+    if isinstance(prompt, Prompt):
+        assert prompts is not None
+        output = _prefill_new(compute, prompts, prompt, padding, announced, inputs)
     else:
-        output = original(*inputs, **kwargs)
+        output = compute(*inputs)
         if repeats > 1:
             _check_written(cache, columns)
         if prompts is not None:
-            cache.memory.note_not_kept(reason)
+            cache.memory.note_not_kept(prompt or reason, warns=reason is None)
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
         _repeat_rows(output, rows, repeats)
@@ -117,25 +117,6 @@ def _repeats(cache: PagedCache, inputs: PrefillInputs, reason: str | None) -> in
     return repeats
 
 
-def _prompt_to_keep(
-    prompts: PromptCache,
-    cache: PagedCache,
-    inputs: PrefillInputs,
-    padding: Padding,
-    reason: str | None,
-) -> tuple[Prompt | None, str | None]:
-    """Return the prompts to look up and keep, or None with a reason that is yet to be noted."""
-    reason = reason or prefix_obstacle(cache, inputs, padding)
-    if reason is not None:
-        return None, reason
-    prompts.await_turn(inputs.model, cache)
-    prompt = prompts.prompt(inputs.model, inputs.ids, padding)
-    if isinstance(prompt, str):
-        cache.memory.note_obstacle(prompt)
-        return None, None
-    return prompt, None
-
-
 def _check_written(cache: PagedCache, columns: int) -> None:
     """Raise `UnexpectedColumns` unless the model wrote the prompt to this cache. O(groups)."""
     lengths = {group.num_columns for group in cache.groups if group.num_columns}
@@ -144,28 +125,18 @@ def _check_written(cache: PagedCache, columns: int) -> None:
 
 
 def _prefill_new(
-    original: Prefill,
+    compute: Prefill,
     prompts: PromptCache,
     prompt: Prompt,
     padding: Padding,
     announced: ExpectedPrompt,
     inputs: PrefillInputs,
-    **kwargs: Any,
 ) -> Any:
     """Compute the new tokens of each row, in the cheapest division into passes."""
     model, cache = inputs.model, inputs.cache
     passes = prefill_batches(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
-        prompts.attach(model, cache, prompt, padding)
-        (group,) = cache.groups
-        known = group.num_columns > 0
-        group.columns.announced = announced._replace(is_binding=announced.is_binding or known)
-        _count_hits(group, prompt)
-        output = original(*inputs, **kwargs)
-        if group.columns.announced is not None and group.columns.announced.is_binding:
-            _check_written(cache, announced.columns)
-        prompts.publish(model, cache)
-        return output
+        return _compute_pass(compute, prompts, prompt, padding, announced, inputs)
     parts = [copy.deepcopy(cache) for _ in passes]
     skipped = [int(padding[rows].min()) for rows in passes]
     # Attach all cached prefixes first: the first pass could otherwise evict those of later passes.
@@ -173,17 +144,12 @@ def _prefill_new(
         prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
     outputs = []
     for part, rows, first in zip(parts, passes, skipped, strict=True):
-        prompts.attach(model, part, prompt.of(rows), padding[rows] - first)
         columns = announced.columns - first
-        (group,) = part.groups
-        group.columns.announced = ExpectedPrompt(len(rows), columns, columns, is_binding=True)
-        _count_hits(group, prompt.of(rows))
-        here = torch.from_numpy(rows).to(inputs.ids.device)
-        of_pass = inputs.of_rows((here, slice(first, None)))
+        expected = ExpectedPrompt(len(rows), columns, columns, is_binding=True)
+        of_pass = inputs.of_rows((torch.from_numpy(rows).to(inputs.ids.device), slice(first, None)))
         of_pass = of_pass._replace(model_kwargs=with_cache(of_pass.model_kwargs, part))
-        outputs.append(original(*of_pass, **kwargs))
-        _check_written(part, columns)
-        prompts.publish(model, part)
+        known = prompts, prompt.of(rows), padding[rows] - first
+        outputs.append(_compute_pass(compute, *known, expected, of_pass))
     order = np.argsort(np.concatenate(passes))
     cache.join(parts, order, padding)
     outputs[0].logits = torch.cat([output.logits[:, -1:] for output in outputs])[order]
@@ -191,10 +157,27 @@ def _prefill_new(
     return outputs[0]
 
 
-def _count_hits(group: LayerGroup, prompt: Prompt) -> None:
+def _compute_pass(
+    compute: Prefill,
+    prompts: PromptCache,
+    prompt: Prompt,
+    padding: Padding,
+    announced: ExpectedPrompt,
+    inputs: PrefillInputs,
+) -> Any:
+    model, cache = inputs.model, inputs.cache
+    prompts.attach(model, cache, prompt, padding)
+    (group,) = cache.groups
+    is_binding = announced.is_binding or group.num_columns > 0
+    group.columns.announced = announced._replace(is_binding=is_binding)
     counters = group.memory.counters
     counters.prefix_query_tokens += sum(map(len, prompt.rows))
     counters.prefix_hit_tokens += int(group.columns.lengths(group.num_columns).sum())
+    output = compute(*inputs)
+    if is_binding:
+        _check_written(cache, announced.columns)
+    prompts.publish(model, cache)
+    return output
 
 
 def _repeat_rows(output: Any, num_rows: int, repeats: int) -> None:

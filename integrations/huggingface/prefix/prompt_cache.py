@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
@@ -33,33 +30,37 @@ from kvpager.integrations.huggingface.releases import cache_in
 from kvpager.plans import Int32, Int64
 
 
+class _PoolLayout(NamedTuple):
+    """The key of the pool that holds a model's prompts, and the kind of each layer."""
+
+    key: object
+    kinds: list[LayerKind]
+
+
+@dataclass
+class _Served:
+    """The facts about a model whose prompts are kept."""
+
+    watch: ModelWatch
+    decoding_watch: ModelWatch
+    decoding_key: PrefixKey | None = None  # of the last call that decoded
+    row_obstacle: tuple[PrefixKey | None, str | None] = None, None  # of the last key
+    layout: _PoolLayout | None = None
+
+
 class PromptCache:
     """The pool and the prefix key of each model's prompts."""
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
-        self._layouts: weakref.WeakKeyDictionary[nn.Module, _PoolLayout] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._watches: weakref.WeakKeyDictionary[nn.Module, ModelWatch] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._decoding: weakref.WeakKeyDictionary[nn.Module, tuple[ModelWatch, PrefixKey]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._obstacles: weakref.WeakKeyDictionary[nn.Module, tuple[PrefixKey, str | None]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._models: weakref.WeakKeyDictionary[nn.Module, _Served] = weakref.WeakKeyDictionary()
 
     def key_of(self, model: nn.Module, *, samples: bool = True) -> tuple[PrefixKey, str | None]:
         """Return the key under which prompts share blocks now, and a reason if they must not.
 
         `samples` is an argument of `ModelWatch.look`. O(modules + weights).
         """
-        watch = self._watches.get(model)
-        if watch is None:
-            watch = self._watches.setdefault(model, ModelWatch(model))
-        state = watch.look(samples=samples)
+        state = self._served(model).watch.look(samples=samples)
         return PrefixKey(self._namespaces.current, str(state.version)), state.doubt
 
     def decoding_watch(self, model: nn.Module, key: PrefixKey) -> tuple[ModelWatch, bool]:
@@ -69,22 +70,16 @@ class PromptCache:
         So prompts and decoding have a watch each. The decoding watch is out of date if its last
         call had another `key`, which contains the model's version.
         """
-        watch, before = self._decoding.get(model, (None, None))
-        if watch is None:
-            watch = ModelWatch(model, has_parts=True)
-        self._decoding[model] = watch, key
-        return watch, before != key
+        served = self._served(model)
+        before, served.decoding_key = served.decoding_key, key
+        return served.decoding_watch, before != key
 
-    def _row_obstacle(self, model: nn.Module, key: PrefixKey) -> str | None:
-        """Return `row_dependence(model)`. O(1) if the model has not changed.
-
-        The version in `key` covers everything that `row_dependence` reads.
-        """
-        before, obstacle = self._obstacles.get(model, (None, None))
-        if before != key:
-            obstacle = row_dependence(model)
-            self._obstacles[model] = key, obstacle
-        return obstacle
+    def _served(self, model: nn.Module) -> _Served:
+        found = self._models.get(model)
+        if found is None:
+            made = _Served(ModelWatch(model), ModelWatch(model, has_parts=True))
+            found = self._models.setdefault(model, made)
+        return found
 
     def prompt(self, model: nn.Module, ids: Tensor, padding: Padding) -> Prompt | str:
         """Return the batch's prompts under the current model version and namespace. O(tokens).
@@ -94,7 +89,11 @@ class PromptCache:
         key, doubt = self.key_of(model)
         if doubt is not None:
             return f"a model that may change undetected ({doubt})"
-        obstacle = self._row_obstacle(model, key)
+        served = self._served(model)
+        before, obstacle = served.row_obstacle
+        if before != key:  # the version in `key` covers everything that `row_dependence` reads
+            obstacle = row_dependence(model)
+            served.row_obstacle = key, obstacle
         if obstacle is not None:
             return obstacle
         rows = [row[pad:] for row, pad in zip(_to_int32(ids), padding, strict=True)]
@@ -118,18 +117,19 @@ class PromptCache:
                 return
             cache.reset()
         group.columns.padding, group.prompt = padding, prompt
-        pool = self._pool(model, cache)
-        if pool is not None:
-            _reuse(cache, self._layouts[model], pool, prompt, padding)
+        pool, layout = self._pool(model, cache), self._served(model).layout
+        if pool is not None and layout is not None:
+            _reuse(cache, layout, pool, prompt, padding)
 
     def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
         """Wait for other calls if memory is short, before the cache takes blocks. O(layers)."""
-        if self._pool(model, cache) is not None:
-            cache.memory.await_turn(self._layouts[model].kinds[0])
+        layout = self._served(model).layout
+        if layout is not None and self._pool(model, cache) is not None:
+            cache.memory.await_turn(layout.kinds[0])
 
     def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
         """Return the pool of the model's prompts; None if there is none that fits the cache."""
-        layout = self._layouts.get(model)
+        layout = self._served(model).layout
         if layout is None or len(layout.kinds) != len(cache.paged_layers()):
             return None
         return cache.memory.find_pool(layout.key)
@@ -144,7 +144,7 @@ class PromptCache:
         unchanged = group.prompt is not None and now == (group.prompt.key, None)
         if unchanged and cache.is_fully_paged and len(kinds) == len(layers):
             group.commit()
-            self._layouts[model] = _PoolLayout(group.layout, kinds)
+            self._served(model).layout = _PoolLayout(group.layout, kinds)
         else:
             group.prompt = None  # later columns are not reusable either
 
@@ -237,13 +237,6 @@ class _ModelChangeGuard(LogitsProcessor):
                 )
             self._before = now
         return scores
-
-
-class _PoolLayout(NamedTuple):
-    """The key of the pool that holds a model's prompts, and the kind of each layer."""
-
-    key: object
-    kinds: list[LayerKind]
 
 
 def _reuse(
