@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvpager.integrations.huggingface.attention import packed_custom_ops
-from kvpager.integrations.huggingface.attention.packed import PackedView
+from kvpager.integrations.huggingface.attention import packed, packed_custom_ops
 from kvpager.integrations.huggingface.cache import custom_ops
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 
@@ -41,19 +40,12 @@ def reading_in_place(original: AttentionFunction) -> AttentionFunction:
     """Return an attention that reads paged tensors in place, or else calls `original`."""
 
     @functools.wraps(original)
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not any(kwargs.get(name) is not None for name in _NOT_OF_SDPA):
-            output = in_place(module, query, key, value, attention_mask, **kwargs)
+            output = in_place(*args, **kwargs)
             if output is not None:
                 return output, None
-        return original(module, query, key, value, attention_mask, **kwargs)
+        return original(*args, **kwargs)
 
     return attention
 
@@ -100,7 +92,7 @@ def in_place(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Tensor | None:
     """Return the paged kernel's output; None if the kernel cannot serve the call. O(kv tokens).
@@ -117,30 +109,22 @@ def in_place(
         mark = custom_ops.common_mark(key, value)
         if mark is None or not mark.layer.group.budget.in_place:
             return None
-        shown = Shown(key.shape[0], key.shape[2], key.dtype)
+        shown = key.shape[0], key.shape[2], key.dtype
         attend: Any = functools.partial(custom_ops.attend, mark, value_dim=value.shape[3])
     else:
         view = common_view(key, value)
-        if isinstance(view, PackedView):
-            return view.attend(module, query, **kwargs)
+        if isinstance(view, packed.PackedView):
+            return packed.attend(view.layer, module, query, **kwargs)
         if view is None or not view.budget.in_place:
             return None
-        shown = Shown(view.num_rows, view.stop - view.start, view.dtype)
+        shown = view.num_rows, view.stop - view.start, view.dtype
         attend = view.attend
-    return _attend(attend, shown, module, query, mask, **kwargs)
-
-
-class Shown(NamedTuple):
-    """The size and dtype of the keys. Reading these from a paged tensor would take longer."""
-
-    num_rows: int
-    num_columns: int
-    dtype: torch.dtype
+    return _attend(attend, shown, module, query, attention_mask, **kwargs)
 
 
 def _attend(
     attend: Callable[..., Tensor],
-    shown: Shown,
+    shown: tuple[int, int, torch.dtype],  # of the keys: rows, columns, dtype
     module: nn.Module,
     query: Tensor,  # [rows, query_heads, q_len, head_dim]
     mask: Tensor | None,
@@ -156,9 +140,9 @@ def _attend(
     **others: Any,
 ) -> Tensor | None:
     """Return the output [rows, q_len, query_heads, value_dim]; None if the kernel cannot."""
-    rows, _, q_len, _ = query.shape
-    kv_len = shown.num_columns
-    if dropout or rows != shown.num_rows or query.dtype != shown.dtype:
+    q_len = query.shape[2]
+    kv_rows, kv_len, kv_dtype = shown
+    if dropout or query.shape[0] != kv_rows or query.dtype != kv_dtype:
         return None
     if mask is not None and (mask.dim() != 4 or mask.shape[2:] != (q_len, kv_len)):
         return None

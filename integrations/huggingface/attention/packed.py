@@ -32,8 +32,7 @@ class PackedLayer(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def packed_rows(self) -> PackedRows:
-        """Return the rows of the current pass, and count a read in place."""
+    def packed_rows(self) -> PackedRows: ...
 
 
 class PackedView:
@@ -54,10 +53,6 @@ class PackedView:
     def dense(self) -> tuple[Tensor, Tensor]:
         """Raise `CannotPack`: packed keys and values have no dense form."""
         raise CannotPack("its keys and values are used outside of a registered attention function")
-
-    def attend(self, module: Any, query: Tensor, **options: Any) -> Tensor:
-        """Call the function `attend` for this view's layer."""
-        return attend(self.layer, module, query, **options)
 
 
 def attend(

@@ -11,25 +11,13 @@ The operator is declared to mutate `place`, which keeps the layers in order.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from kvpager.integrations.huggingface.attention import packed
-
-
-class Layer(packed.PackedLayer, Protocol):
-    """The members of a layer that the operator uses."""
-
-    def write(self, key: Tensor, value: Tensor) -> None:
-        """Write the pass's new tokens, [1, kv_heads, tokens, dim]."""
-
-
-class Cache(Protocol):
-    """The members of a cache that the operator uses."""
-
-    layers: list[Any]
 
 
 class Mark(NamedTuple):
@@ -40,10 +28,10 @@ class Mark(NamedTuple):
     which: int  # 0: keys, 1: values
 
 
-_caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
+_caches: weakref.WeakValueDictionary[int, DynamicCache] = weakref.WeakValueDictionary()
 
 
-def enter(cache: Cache) -> Tensor:
+def enter(cache: DynamicCache) -> Tensor:
     """Register `cache` while it lives; return the tensor by which operators find it. O(1)."""
     with torch.inference_mode(False):
         place = torch.tensor(id(cache), device="cpu")
@@ -97,7 +85,7 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    layer: Layer = _caches[int(place)].layers[index]
+    layer: Any = _caches[int(place)].layers[index]
     layer.write(key, value)
     return packed.attend(layer, None, query, scaling=scaling, softcap=softcap, s_aux=sinks)
 

@@ -159,21 +159,10 @@ class PoolOwner(Protocol):
     quotas: NamespaceQuotas
 
     @property
-    def reserved_bytes(self) -> int:
-        """Return the bytes of all storages."""
-
+    def reserved_bytes(self) -> int: ...
     @property
-    def room(self) -> int:
-        """Return the bytes that the bound leaves."""
-
-    def call_bytes(self, kind: LayerKind) -> int:
-        """Return the bytes of all blocks in use once this thread's call has all it may take."""
-
-    def call_growth(self, pool: object) -> int:
-        """Return how many more blocks of `pool` this thread's call may take."""
-
-    def claim(self, num_bytes: int, claimant: object) -> bool:
-        """Return True if `num_bytes` more fit the bound. Other pools first give up idle blocks."""
-
-    def note_peak(self) -> None:
-        """Update the peak of held bytes."""
+    def room(self) -> int: ...
+    def call_bytes(self, kind: LayerKind) -> int: ...
+    def call_growth(self, pool: object) -> int: ...
+    def claim(self, num_bytes: int, claimant: object) -> bool: ...
+    def note_peak(self) -> None: ...

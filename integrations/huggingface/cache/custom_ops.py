@@ -36,11 +36,8 @@ class Layer(Protocol):
     number: int
     num_columns: int
 
-    def store(self, key: Tensor, value: Tensor, start: int) -> None:
-        """Write columns from `start` on."""
-
-    def view(self, start: int, stop: int) -> PagedView:
-        """Return a view of columns `start` to `stop`."""
+    def store(self, key: Tensor, value: Tensor, start: int) -> None: ...
+    def view(self, start: int, stop: int) -> PagedView: ...
 
 
 class Mark(NamedTuple):

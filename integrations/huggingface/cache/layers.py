@@ -71,7 +71,7 @@ class PagedLayer(DynamicLayer):
     def _stored(self, which: int) -> Tensor | None:
         if not self.num_columns and (self.kind is None or not self.group.num_rows):
             return None
-        return self._handles(self._first_stored_column())[which]
+        return self._handles(self._first_visible_column())[which]
 
     def _assign(self, name: str, tensor: Tensor | None) -> None:
         if tensor is not None:
@@ -166,7 +166,7 @@ class PagedLayer(DynamicLayer):
         return custom_ops.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
 
     def view(self, start: int, stop: int) -> PagedView:
-        """Return a view of columns `start` to `stop`."""
+        """Return a view of columns `start` to `stop`. O(1)."""
         return self.group.view(self.number, start, stop)
 
     def _before_step(self, num_columns: int) -> None:
@@ -175,14 +175,10 @@ class PagedLayer(DynamicLayer):
     def _first_visible_column(self) -> int:
         return first_visible(self.num_columns, self.group.window)
 
-    _first_stored_column = _first_visible_column
-
     def get_seq_length(self) -> int:
-        """Return the columns written so far, padding included."""
         return self.num_columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that the next queries attend to, and the first column."""
         first = self._first_visible_column()
         return self.num_columns + query_length - first, first
 
@@ -202,20 +198,16 @@ class PagedLayer(DynamicLayer):
     batch_repeat_interleave = _on_the_cache("batch_repeat_interleave")
     batch_select_indices = _on_the_cache("batch_select_indices")
 
-    def _plain_state(self) -> dict[str, Any]:
-        """Return further attributes of the equivalent transformers layer."""
-        return {}
-
     _plain_class: type[DynamicLayer] = DynamicLayer
 
     def _as_plain(self) -> dict[str, Any]:
         """Return the attributes of the equivalent transformers layer. Gathers once."""
         state: dict[str, Any] = {"keys": None, "values": None, "is_initialized": False}
         if self.kind is not None and self.num_columns:
-            keys, values = self.view(self._first_stored_column(), self.num_columns).dense()
+            keys, values = self.view(self._first_visible_column(), self.num_columns).dense()
             state = {"keys": keys, "values": values, "is_initialized": True}
             state |= {"dtype": self.dtype, "device": self.device}
-        return state | self._plain_state()
+        return state
 
     def plain(self) -> DynamicLayer:
         """Return a plain transformers layer with the same content. O(bytes)."""
@@ -253,7 +245,15 @@ class PagedSlidingWindowLayer(PagedLayer):
     ) -> tuple[Tensor, Tensor]:
         """Write new tokens as `PagedLayer.update` does. A long prompt takes blocks for its end."""
         num_new = key_states.shape[2]
-        if not self._is_beginning(num_new) or self._obstacle(key_states, value_states) is not None:
+        if (
+            num_new < self.sliding_window
+            or self.num_columns
+            or self.record_past
+            or torch.compiler.is_compiling()
+            # With quantisation, the prompt must attend to the rounded values.
+            or self.group.budget.kv_cache_dtype is not None
+            or self._obstacle(key_states, value_states) is not None
+        ):
             return super().update(key_states, value_states, *args, **kwargs)
         first = first_visible(num_new, self.sliding_window)
         self.store(key_states, value_states, 0, keep_from=first)
@@ -261,27 +261,15 @@ class PagedSlidingWindowLayer(PagedLayer):
         # The prompt's queries see all its keys. Later queries see only the window.
         return key_states, value_states
 
-    def _is_beginning(self, num_new: int) -> bool:
-        # With quantisation, the prompt must attend to the rounded values.
-        exact = self.group.budget.kv_cache_dtype is None
-        return (
-            num_new >= self.sliding_window
-            and self.num_columns == 0
-            and exact
-            and not self.record_past
-            and not torch.compiler.is_compiling()
-        )
-
     def _before_step(self, num_columns: int) -> None:
         if not self.record_past:
             self.group.forget_before(first_visible(num_columns, self.sliding_window))
 
     def get_max_length(self) -> int:
-        """Return the window in tokens."""
         return self.sliding_window
 
-    def _plain_state(self) -> dict[str, Any]:
-        return {
+    def _as_plain(self) -> dict[str, Any]:
+        return super()._as_plain() | {
             "sliding_window": self.sliding_window,
             "cumulative_length": self.num_columns,
             "_sliding_window_tensor": self._sliding_window_tensor,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections import Counter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,8 +21,8 @@ from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
-from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.pools import PagedPool
+from kvpager.integrations.huggingface.cache.prompt import Namespaces
 from kvpager.plans import Tier
 
 logger = logging.getLogger("kvpager")
@@ -35,22 +36,15 @@ class PagedLayers(NamedTuple):
 
 
 class Group(Protocol):
-    """Layers of a cache that share block tables."""
+    """The members of a `LayerGroup` that memory uses."""
 
     window: int | None
 
     @property
-    def dense_bytes(self) -> int:
-        """Return the bytes that `DynamicCache` would hold for these layers."""
-
-    def pool_in(self, tier: Tier) -> PagedPool | None:
-        """Return the tier's pool of the rows; None before the first token."""
-
-    def num_blocks_in(self, tier: Tier) -> int:
-        """Return the number of blocks that the rows hold in a tier."""
-
-    def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int:
-        """Return the bytes of all rows of `call`, if all layers are of `kind`."""
+    def dense_bytes(self) -> int: ...
+    def pool_in(self, tier: Tier) -> PagedPool | None: ...
+    def num_blocks_in(self, tier: Tier) -> int: ...
+    def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int: ...
 
 
 class PagedMemory:
@@ -84,7 +78,7 @@ class PagedMemory:
         self.paged: dict[PagedLayers, int] = {}  # -> the most layers of a model
         self.unpaged_layers: dict[str, int] = {}  # class or reason -> the most layers of a model
         self.session_doubts: set[str] = set()  # reasons why sessions share no prompts
-        self.fallbacks: dict[str, int] = {}  # why paging or reuse was skipped -> calls
+        self.fallbacks: Counter[str] = Counter()  # calls by why paging or reuse was skipped
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of live caches
         self.lock: Any = new_lock() if device is None else device.lock
         self.calls: GenerateCalls = GenerateCalls(self.lock) if device is None else device.calls
@@ -107,10 +101,10 @@ class PagedMemory:
             "host_memory": None if host is None or host.bound is None else size(host.bound),
             "prefix_cache": self.keep_pools or None,
             "in_place": None if budget.in_place else False,
-            "eviction": None
-            if self.eviction == "lru"
-            else getattr(self.eviction, "__name__", self.eviction),
+            "eviction": getattr(self.eviction, "__name__", self.eviction),
         }
+        if self.eviction == "lru":
+            del options["eviction"]
         return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
     def pool(self, layout: object) -> PagedPool:
@@ -139,7 +133,6 @@ class PagedMemory:
             return list(self._pools.values())
 
     def _ceilings(self) -> list[tuple[Ceilings, int]]:
-        """Return the quotas of each pool, and the bytes of its blocks. O(pools + blocks freed)."""
         self.settle()  # blocks of dropped caches do not count
         return [(pool.quotas, pool.block_bytes) for pool in self.pools()]
 
@@ -234,7 +227,7 @@ class PagedMemory:
     def note_fallback(self, why: str) -> None:
         """Count a call for which paging or prefix reuse was skipped, by its reason. O(1)."""
         with self.lock:
-            self.fallbacks[why] = self.fallbacks.get(why, 0) + 1
+            self.fallbacks[why] += 1
 
     def note_session(self, *, sessions: int = 0, requests: int = 0, tokens: int = 0) -> None:
         """Count sessions, requests and tokens of continuous batching. O(1)."""

@@ -1,12 +1,12 @@
-"""The errors of a pool without room, in a user's terms: memory, and the arguments of `patch`."""
+"""The errors of a pool or a namespace without room, in a user's terms: the arguments of `patch`."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvpager._text import counted, size
 from kvpager.blocks.manager import BlockManager
-from kvpager.errors import OutOfBlocks
+from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import LayerKind, PoolOwner
 
 
@@ -15,18 +15,12 @@ class Pool(Protocol):
 
     manager: BlockManager
     memory: PoolOwner
+    host: Any  # a pool, or None
 
     @property
-    def has_host(self) -> bool:
-        """Return True if there is host memory for rows that do not fit."""
-
+    def block_bytes(self) -> int: ...
     @property
-    def block_bytes(self) -> int:
-        """Return the bytes of a block over all storages."""
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Return the bytes of all storages."""
+    def reserved_bytes(self) -> int: ...
 
 
 def out_of_memory(
@@ -64,15 +58,63 @@ def out_of_memory(
     if is_host:
         message += _other_ways(pool)
     else:
-        message += "." if pool.has_host else " or set host_memory= to offload."
+        message += "." if pool.host is not None else " or set host_memory= to offload."
     return OutOfBlocks(need, *room, tier=budget.tier, advice=message, message=message)
 
 
 def _other_ways(pool: Pool) -> str:
-    """Return what helps besides host memory, as the end of a sentence."""
     call, ways = pool.memory.calls.current(), []
     if pool.memory.budget.device_bound is not None:
         ways.append("raise memory")
     if call is None or call.num_rows != 1:
         ways.append("use a smaller batch")
     return (f", {ways[0]}," if len(ways) > 1 else "") + (f" or {ways[-1]}." if ways else ".")
+
+
+class PoolQuotas:
+    """The ceilings of a pool. Blocks of calls that still run, or of caches still in use, count."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def ceiling(self, namespace: str | None) -> int | None:
+        """Return the most blocks of a namespace, or None. O(1)."""
+        return self._pool.manager.quotas.ceiling(namespace)
+
+    def set(self, namespace: str | None, *, ceiling: int | None = None) -> None:
+        """Bound the blocks of a namespace. O(its blocks).
+
+        Raises: `ValueError` if its calls hold more.
+        """
+        try:
+            self._pool.manager.quotas.set(namespace, ceiling=ceiling)
+        except ValueError as error:
+            raise ValueError(
+                f"quota of {self._sized(ceiling or 0)} for namespace {namespace!r}: its calls and "
+                "caches hold more. Drop a cache that is no longer needed, or raise the quota."
+            ) from error
+
+    def drop(self, namespace: str | None) -> None:
+        """Remove the bound of a namespace. O(its blocks)."""
+        self._pool.manager.quotas.drop(namespace)
+
+    def out_of_quota(self, error: OutOfQuota) -> OutOfQuota:
+        """Return `error`, which the manager raised, in a user's terms. O(blocks)."""
+        pool, namespace = self._pool, error.namespace
+        ceiling = self.ceiling(namespace) or 0
+        given = None if namespace is None else pool.memory.quotas.get(namespace)
+        enough = ceiling + error.missing + max(pool.memory.call_growth(pool) - error.need, 0)
+        in_bytes = repr(size(enough * pool.block_bytes, round_up=True))
+        message = (
+            f"KV cache of namespace {namespace!r} out of quota: {self._sized(error.missing)} more "
+            f"needed, quota {given!r} allows {self._sized(ceiling)}. "
+            f"Raise quotas[{namespace!r}] to {in_bytes if isinstance(given, str) else enough}"
+        )
+        message += "." if pool.host is not None else " or set host_memory= to offload."
+        return OutOfQuota(
+            namespace, error.need, error.free, error.evictable, error.total, error.tier,
+            missing=error.missing, advice=message, message=message,
+        )  # fmt: skip
+
+    def _sized(self, num_blocks: int) -> str:
+        return f"{counted(num_blocks, 'block')} ({size(num_blocks * self._pool.block_bytes)})"

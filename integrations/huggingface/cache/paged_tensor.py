@@ -8,7 +8,6 @@ passes keys and values to its attention never gathers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,26 +43,14 @@ class PagedTensor(torch.Tensor):
         return self.view_of.dense()[self.which]
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return _gathered(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the disabled form
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _gathered(func, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -73,7 +60,7 @@ class PagedTensor(torch.Tensor):
         return self.dense().__reduce_ex__(protocol)
 
 
-def _gathered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+def _gathered(func: Any, args: Any, kwargs: Any) -> Any:
     """Call `func` with every paged tensor among its arguments gathered."""
     args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
     return func(*args, **kwargs)

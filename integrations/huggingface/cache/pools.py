@@ -15,10 +15,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from kvpager import _validate as arguments
 from kvpager._atomic import whole
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import chosen_policy
@@ -26,8 +24,7 @@ from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
 from kvpager.integrations.huggingface.cache.budget import LayerKind, PoolOwner
-from kvpager.integrations.huggingface.cache.out_of_memory import out_of_memory
-from kvpager.integrations.huggingface.cache.pool_quotas import PoolQuotas
+from kvpager.integrations.huggingface.cache.out_of_memory import PoolQuotas, out_of_memory
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append
 from kvpager.plans import Int32, Int64, Step
@@ -117,11 +114,6 @@ class PagedPool:
         return PoolQuotas(self)  # not kept: a reference cycle would delay freeing the memory
 
     @property
-    def has_host(self) -> bool:
-        """Return True if there is host memory for rows that do not fit."""
-        return self.host is not None
-
-    @property
     def block_bytes(self) -> int:
         """Return the bytes of a block over all storages. O(storages)."""
         return sum(segment.storage.block_bytes for segment in self._segments)
@@ -195,15 +187,12 @@ class PagedPool:
         return self._reserve(make, num_blocks, kind, self.block_bytes + block_bytes)
 
     @whole
-    def allocate(self, prompt: ArrayLike, key: PrefixKey | None) -> SequenceHandle:
+    def allocate(self, ids: Int32, key: PrefixKey | None) -> SequenceHandle:
         """Call `BlockManager.allocate`; grow the pool if needed, and carry out the copies."""
-        length, ids = arguments.prompt(prompt)
-        need = -(-length // self.block_size)
-        namespace, version = key or (None, None)
         self.enforce_quota(key)
-        if ids is not None:
-            need -= self.num_known(ids, key) // self.block_size
-        allocate = partial(self.manager.allocate, prompt, namespace=namespace, lora=version)
+        need = -(-len(ids) // self.block_size) - self.num_known(ids, key) // self.block_size
+        namespace, version = key or (None, None)
+        allocate = partial(self.manager.allocate, ids, namespace=namespace, lora=version)
         sequence = self._growing(need, allocate)
         self._copy(sequence.copies)
         return sequence
@@ -378,9 +367,7 @@ class PagedPool:
         if self.manager.num_held_blocks:
             return False
         self.manager.clear_prefix_cache()
-        self.manager.shrink(1)
-        for segment in self._segments:
-            segment.storage.shrink(1)
+        self.trim()
         return True
 
     def trim(self) -> None:

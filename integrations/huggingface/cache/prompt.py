@@ -1,12 +1,18 @@
-"""The known token ids of a batch's rows."""
+"""The known token ids of a batch's rows, and the namespaces in which prompts are shared."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import numpy as np
 
 from kvpager.plans import Int32, Int64
+
+# Pairs of a `Namespaces` object and a name that `chosen` has set; the last pair of an object holds.
+_chosen: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("kvpager_namespaces", default=())
 
 
 class PrefixKey(NamedTuple):
@@ -42,3 +48,29 @@ class Prompt:
         if any(len(row) < end for row, end in zip(self.rows, last, strict=True)):
             return []
         return [row[a:b] for row, a, b in zip(self.rows, first, last, strict=True)]
+
+
+class Namespaces:
+    """The namespaces of the calls that one patch serves.
+
+    Args:
+        default: the namespace of calls outside of `chosen`.
+    """
+
+    def __init__(self, default: str | None = None) -> None:
+        self._default = default
+
+    @property
+    def current(self) -> str | None:
+        """Return the namespace of the innermost `chosen`, or the default. O(nesting)."""
+        chosen = (name for owner, name in reversed(_chosen.get()) if owner is self)
+        return next(chosen, self._default)
+
+    @contextmanager
+    def chosen(self, namespace: str) -> Iterator[None]:
+        """Set the namespace of this thread's, or asyncio task's, calls inside the `with` block."""
+        token = _chosen.set((*_chosen.get(), (self, namespace)))
+        try:
+            yield
+        finally:
+            _chosen.reset(token)

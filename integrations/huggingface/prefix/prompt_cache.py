@@ -18,10 +18,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks
 from kvpager.integrations.huggingface.cache.budget import LayerKind
-from kvpager.integrations.huggingface.cache.namespaces import Namespaces
 from kvpager.integrations.huggingface.cache.paged_cache import PagedCache
 from kvpager.integrations.huggingface.cache.pools import PagedPool
-from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
+from kvpager.integrations.huggingface.cache.prompt import Namespaces, PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.model_state.row_independence import row_dependence

@@ -254,7 +254,7 @@ def with_rows_on_the_host(states: list[torch.Tensor]) -> kvpager.PagedCache:
     assert [each.rows.tolist() for each in rows.partitions()] == [[0, 1], [2, 3]]
     cache.batch_select_indices(torch.tensor([2, 3, 3]))
     host = host_of(cache)
-    host.manager.free(host.allocate(3 * 4, None))  # it has all its 9 blocks from now on
+    host.manager.free(host.allocate(3 * [1, 2, 3, 4], None))  # it has all its 9 blocks from now on
     return cache
 
 
@@ -289,7 +289,7 @@ def test_a_full_host_waits_for_copies_that_read_it() -> None:
         host = host_of(cache)
         assert host.manager.num_held_blocks == 7
         # 2 of its 9 blocks are free, and 5 when the copy of the row that returned is over.
-        sequence = host.allocate(5 * 4, None)
+        sequence = host.allocate(5 * [1, 2, 3, 4], None)
         assert host.manager.num_held_blocks == 9
         host.manager.free(sequence)
         for found, before in zip(of_rows(cache, slice(0, 10)), states, strict=True):
