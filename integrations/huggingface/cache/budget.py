@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from kvpager import _validate as arguments
-from kvpager._atomic import Uninterrupted
 from kvpager._text import counted, listed, size
 from kvpager._validate import parse_memory
-from kvpager.blocks.policies import Eviction
-from kvpager.blocks.quotas import NamespaceQuotas
-from kvpager.integrations.huggingface.cache.generate_calls import GenerateCalls
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.plans import Tier
 from kvpager.storage.block_storage import BlockStorage, LayerShape
@@ -144,25 +140,3 @@ class Budget:
                     f"takes {size(block_bytes)} in all layers. Raise {tier.name} to at least "
                     f"{size(block_bytes, round_up=True)}."
                 )
-
-
-class PoolOwner(Protocol):
-    """The members of `PagedMemory` that a pool uses."""
-
-    budget: Budget
-    lock: Any
-    uninterrupted: Uninterrupted
-    dtype: torch.dtype | None
-    keep_pools: bool
-    eviction: Eviction
-    calls: GenerateCalls
-    quotas: NamespaceQuotas
-
-    @property
-    def reserved_bytes(self) -> int: ...
-    @property
-    def room(self) -> int: ...
-    def call_bytes(self, kind: LayerKind) -> int: ...
-    def call_growth(self, pool: object) -> int: ...
-    def claim(self, num_bytes: int, claimant: object) -> bool: ...
-    def note_peak(self) -> None: ...

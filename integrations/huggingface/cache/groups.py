@@ -18,7 +18,12 @@ from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
-from kvpager.integrations.huggingface.cache.pools import PagedPool, Places, waiting_for_room
+from kvpager.integrations.huggingface.cache.pools import (
+    PagedPool,
+    Places,
+    pool_for,
+    waiting_for_room,
+)
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.cache.rows import BatchRows
 from kvpager.integrations.huggingface.cache.stats import Holding
@@ -120,7 +125,7 @@ class LayerGroup:
 
     def _enter(self, layout: object) -> None:
         """Take the pool of a layout for the rows, of which there are none yet."""
-        self.rows.pool = self.memory.pool(layout)
+        self.rows.pool = pool_for(self.memory, layout)
         self.layout, self.pool = layout, self.rows.pool
 
     # ---------------------------------------------------------------- writing

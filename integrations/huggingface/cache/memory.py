@@ -16,12 +16,12 @@ import torch
 
 from kvpager._atomic import Uninterrupted, new_lock
 from kvpager._text import size
+from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
-from kvpager.integrations.huggingface.cache.pools import PagedPool
 from kvpager.integrations.huggingface.cache.prompt import Namespaces
 from kvpager.plans import Tier
 
@@ -35,6 +35,25 @@ class PagedLayers(NamedTuple):
     window: int | None
 
 
+class Pool(Protocol):
+    """The members of a `PagedPool` that its memory and its errors use."""
+
+    manager: BlockManager
+    memory: PagedMemory
+    host: Any  # a pool, or None
+
+    @property
+    def quotas(self) -> Ceilings: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def held_bytes(self) -> int: ...
+    @property
+    def reserved_bytes(self) -> int: ...
+    def settle(self) -> None: ...
+    def trim(self) -> None: ...
+
+
 class Group(Protocol):
     """The members of a `LayerGroup` that memory uses."""
 
@@ -42,7 +61,7 @@ class Group(Protocol):
 
     @property
     def dense_bytes(self) -> int: ...
-    def pool_in(self, tier: Tier) -> PagedPool | None: ...
+    def pool_in(self, tier: Tier) -> Pool | None: ...
     def num_blocks_in(self, tier: Tier) -> int: ...
     def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int: ...
 
@@ -84,8 +103,8 @@ class PagedMemory:
         self.calls: GenerateCalls = GenerateCalls(self.lock) if device is None else device.calls
         _memories.add(self)
         self.uninterrupted = Uninterrupted(self.lock)
-        self._pools: weakref.WeakValueDictionary[object, PagedPool] = weakref.WeakValueDictionary()
-        self._kept: set[PagedPool] = set()
+        self.by_layout: weakref.WeakValueDictionary[object, Any] = weakref.WeakValueDictionary()
+        self._kept: set[Pool] = set()
         self.namespaces = Namespaces(namespace)
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
         self.host = None if budget.host is None else PagedMemory(budget.host, device=self)
@@ -107,30 +126,16 @@ class PagedMemory:
             del options["eviction"]
         return ", ".join(f"{name}={value}" for name, value in options.items() if value is not None)
 
-    def pool(self, layout: object) -> PagedPool:
-        """Return the pool for caches of this layout; make it at the first use. O(1)."""
-        with self.lock:
-            pool = self._pools.get(layout)
-            if pool is None:
-                host = None if self.host is None else self.host.pool(object())
-                pool = self._pools[layout] = PagedPool(self, host)
-            return pool
-
-    def keep(self, pool: PagedPool) -> None:
+    def keep(self, pool: Pool) -> None:
         """Keep `pool`, which has published prompts, beyond its caches. O(1)."""
         with self.lock:
             if self.keep_pools:
                 self._kept.add(pool)
 
-    def find_pool(self, layout: object) -> PagedPool | None:
-        """Return the pool for this layout, or None. O(1)."""
-        with self.lock:
-            return self._pools.get(layout)
-
-    def pools(self) -> list[PagedPool]:
+    def pools(self) -> list[Pool]:
         """Return the live pools. O(pools)."""
         with self.lock:
-            return list(self._pools.values())
+            return list(self.by_layout.values())
 
     def _ceilings(self) -> list[tuple[Ceilings, int]]:
         self.settle()  # blocks of dropped caches do not count

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 from kvpager._text import counted, size
-from kvpager.blocks.manager import BlockManager
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.integrations.huggingface.cache.budget import LayerKind, PoolOwner
-
-
-class Pool(Protocol):
-    """The members of `PagedPool` that an error is made of."""
-
-    manager: BlockManager
-    memory: PoolOwner
-    host: Any  # a pool, or None
-
-    @property
-    def block_bytes(self) -> int: ...
-    @property
-    def reserved_bytes(self) -> int: ...
+from kvpager.integrations.huggingface.cache.budget import LayerKind
+from kvpager.integrations.huggingface.cache.memory import Pool
 
 
 def out_of_memory(

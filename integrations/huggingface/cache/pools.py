@@ -23,7 +23,8 @@ from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.sequences import Batch, SequenceHandle
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.integrations.huggingface.cache.budget import LayerKind, PoolOwner
+from kvpager.integrations.huggingface.cache.budget import LayerKind
+from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.out_of_memory import PoolQuotas, out_of_memory
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append
@@ -96,7 +97,7 @@ class _Segment:
 class PagedPool:
     """A block manager and the storages that its decisions apply to, one per kind of layer."""
 
-    def __init__(self, memory: PoolOwner, host: PagedPool | None) -> None:
+    def __init__(self, memory: PagedMemory, host: PagedPool | None) -> None:
         self.memory, self.budget = memory, memory.budget
         self.block_size = self.budget.block_size
         policy = chosen_policy(memory.eviction, 1)
@@ -398,3 +399,13 @@ class PagedPool:
             for segment in self._segments:
                 segment.storage.copy(copies)
             self.budget.counters.copied_blocks += len(copies)
+
+
+def pool_for(memory: PagedMemory, layout: object) -> PagedPool:
+    """Return the pool for caches of this layout; make it at the first use. O(1)."""
+    with memory.lock:
+        pool: PagedPool | None = memory.by_layout.get(layout)
+        if pool is None:
+            host = None if memory.host is None else pool_for(memory.host, object())
+            pool = memory.by_layout[layout] = PagedPool(memory, host)
+        return pool

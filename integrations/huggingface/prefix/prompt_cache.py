@@ -131,7 +131,9 @@ class PromptCache:
         layout = self._served(model).layout
         if layout is None or len(layout.kinds) != len(cache.paged_layers()):
             return None
-        return cache.memory.find_pool(layout.key)
+        with cache.memory.lock:
+            found: PagedPool | None = cache.memory.by_layout.get(layout.key)
+        return found
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
         """Publish the full blocks of a prompt that has been computed. O(blocks)."""

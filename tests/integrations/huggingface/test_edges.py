@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 import kvpager
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
+from kvpager.integrations.huggingface.cache.pools import pool_for
 from kvpager.storage.block_storage import LayerShape
 from tests.support import tiny_models
 
@@ -251,7 +252,7 @@ def test_an_unbounded_pool_keeps_prompts_up_to_five_times() -> None:
 def test_a_pool_grows_seldom() -> None:
     memory = PagedMemory(Budget("1MB", 16))
     kind = LayerKind(LayerShape(2, 16, 16), torch.float32, torch.device("cpu"))
-    pool = memory.pool("layout")
+    pool = pool_for(memory, "layout")
     storage, _ = pool.storage(kind, 0, 2)
     sizes = set()
     sequence = pool.allocate([], None)
@@ -452,7 +453,7 @@ def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
     kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
     block_bytes = 16 * 32 * 4
     memory = PagedMemory(Budget(200 * block_bytes, 16), keep_pools=True)
-    idle, busy = memory.pool("idle"), memory.pool("busy")
+    idle, busy = pool_for(memory, "idle"), pool_for(memory, "busy")
     for pool in (idle, busy):
         pool.storage(kind, 0, 1)
         memory.keep(pool)
@@ -469,7 +470,7 @@ def test_growing_ahead_costs_no_other_pool_its_prefixes() -> None:
 def test_a_pool_in_use_survives_when_another_has_no_room() -> None:
     kind = LayerKind(LayerShape(1, 16, 16), torch.float32, torch.device("cpu"))
     memory = PagedMemory(Budget(100 * 16 * 32 * 4, 16), keep_pools=True)
-    used, other = memory.pool("used"), memory.pool("other")
+    used, other = pool_for(memory, "used"), pool_for(memory, "other")
     for pool in (used, other):
         pool.storage(kind, 0, 1)
         memory.keep(pool)

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvpager  # noqa: E402
 from kvpager.integrations.huggingface.cache.out_of_memory import out_of_memory  # noqa: E402
-from kvpager.integrations.huggingface.cache.pools import PagedPool  # noqa: E402
+from kvpager.integrations.huggingface.cache.pools import PagedPool, pool_for  # noqa: E402
 from kvpager.integrations.huggingface.patching.handle import Patch  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 
@@ -338,7 +338,7 @@ def test_many_rows_move_at_once() -> None:
     ):
         held = DynamicCache(config=model.config)
         tried = 0
-        (pool,) = [patch.memory.pool("of nobody")]
+        (pool,) = [pool_for(patch.memory, "of nobody")]
         append = type(pool).append
 
         def counted(*arguments: Any) -> Any:
