@@ -296,7 +296,6 @@ def _groups(call: GenerateCall) -> list[Group]:
 
 
 def _leave_behind() -> None:
-    """Forget the calls of the parent's threads in a forked process."""
     for memory in list(_memories):
         memory.calls.leave_behind()
 

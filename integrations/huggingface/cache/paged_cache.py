@@ -35,8 +35,6 @@ from kvpager.storage.layout import KVCacheDtype
 _DYNAMIC_CACHE_INIT = DynamicCache.__init__
 # Before transformers 5.20, a positive argument of `crop` is the length to keep.
 _CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
-
-
 # Attributes that `__deepcopy__` does not copy.
 _NOT_COPIED = {
     "layers", "groups", "memory", "layer_class_to_replicate", "_before", "_last_written",
@@ -110,7 +108,9 @@ class PagedCache(DynamicCache):
             self._page_lazily(LayerGroup(memory, None, None))
             return
         _note_others(self.layers, memory)
-        across = _cross_attention_layers(config)
+        text = None if config is None else config.get_text_config(decoder=True)
+        # Layers that attend to an image, as in Llama 3.2 Vision.
+        across = getattr(text, "cross_attention_layers", None) or ()
         members: dict[tuple[int | None, bool], list[int]] = {}
         for index, layer in enumerate(self.layers):
             if _is_attention(layer):
@@ -237,7 +237,6 @@ class PagedCache(DynamicCache):
             raise
 
     def _note_lengths(self) -> None:
-        """Record the lengths of layers and groups before a forward pass. O(layers)."""
         layers = self.paged_layers()
         self._before = {id(layer): layer.num_columns for layer in layers}
         self._before |= {id(group): group.num_columns for group in self.groups}
@@ -354,8 +353,7 @@ class PagedCache(DynamicCache):
         for name, value in self.__dict__.items():
             if name not in _NOT_COPIED:
                 fork.__dict__[name] = copy.deepcopy(value, memo)
-        fork.memory = self.memory
-        fork._before, fork._last_written = {}, sys.maxsize
+        fork.memory, fork._before, fork._last_written = self.memory, {}, sys.maxsize
         fork.groups = list(forks.values())
         fork.layers = [
             layer.fork(forks[id(layer.group)]) if isinstance(layer, PagedLayer)
@@ -385,9 +383,7 @@ def least_block_bytes(config: Any, dtype: torch.dtype, budget: Budget) -> int:
         return 0
     cache = object.__new__(DynamicCache)
     _DYNAMIC_CACHE_INIT(cache, config=config)
-    num_layers = sum(
-        type(each) in (DynamicLayer, DynamicSlidingWindowLayer) for each in cache.layers
-    )
+    num_layers = sum(map(_is_attention, cache.layers))
     # Latent attention stores less than its heads suggest, and layers may differ.
     if not num_layers or values.get("kv_lora_rank") or values.get("per_layer_config"):
         return 0
@@ -410,7 +406,6 @@ def _is_attention(layer: Any) -> bool:
 
 
 def _note_others(layers: list[Any], memory: PagedMemory) -> None:
-    """Record the layers that stay transformers' own, by class. O(layers)."""
     others = Counter(type(layer).__name__ for layer in layers if not _is_attention(layer))
     for layer_class, count in others.items():
         memory.note_unpaged(layer_class, count)
@@ -419,11 +414,3 @@ def _note_others(layers: list[Any], memory: PagedMemory) -> None:
 def _holding(layers: Iterable[Any]) -> Iterable[Any]:
     """Yield layers that can have content. A `DummyLayer` cannot, but says it is initialized."""
     return (layer for layer in layers if type(layer).__name__ != "DummyLayer")
-
-
-def _cross_attention_layers(config: Any) -> frozenset[int]:
-    """Return the indices of layers that attend to an image, as in Llama 3.2 Vision."""
-    if config is None:
-        return frozenset()
-    text = config.get_text_config(decoder=True)
-    return frozenset(getattr(text, "cross_attention_layers", None) or ())

@@ -158,7 +158,6 @@ class BatchRows:
         return slots
 
     def _note_room(self, counts: Int64, slots: list[Int64]) -> None:
-        """Compute how many tokens fit after `slots` into every row's last block. O(rows)."""
         if self.any_on_host or not counts.all():  # rows may return, and empty rows have no block
             return
         size = self.pool.block_size
@@ -187,7 +186,6 @@ class BatchRows:
         Rows that share most of their blocks move together.
         """
         device, size = self.partitions()[0], self.pool.block_size
-        assert self.pool.host is not None
         tables = device.pool.manager.block_tables(device.batch)
         lengths = device.pool.manager.lengths(device.batch)
         ends = lengths + counts[device.rows]
@@ -197,7 +195,7 @@ class BatchRows:
             group = _fork_group(tables, int(np.flatnonzero(staying)[-1])) & staying
             staying &= ~group
             missing -= _num_blocks(tables[group]) + int(fresh[group].sum())
-            self._move(device.rows[group], self.pool, self.pool.host)
+            self._move(device.rows[group], to_host=True)
 
     def _return_some(self) -> None:
         """Return the host's first row with its fork group, if the device has room to spare."""
@@ -207,16 +205,19 @@ class BatchRows:
         reserve = len(self) + int(_RESERVE * self.pool.manager.num_blocks)
         if self.pool.num_spare_blocks >= _num_blocks(tables[group]) + reserve:
             with contextlib.suppress(OutOfBlocks):  # the device may be full within the bound
-                self._move(host.rows[group], host.pool, self.pool)
+                self._move(host.rows[group], to_host=False)
 
     @whole
     def leave_device(self) -> None:
         """Move all rows to the host. O(bytes). Raises: `OutOfBlocks`."""
-        assert self.pool.host is not None
-        self._move(np.flatnonzero(~self._on_host), self.pool, self.pool.host)
+        self._move(np.flatnonzero(~self._on_host), to_host=True)
 
-    def _move(self, rows: Int64, source: PagedPool, target: PagedPool) -> None:
+    def _move(self, rows: Int64, *, to_host: bool) -> None:
         """Move rows and their bytes. All or nothing. O(bytes)."""
+        assert self.pool.host is not None
+        source, target = self.pool, self.pool.host
+        if not to_host:
+            source, target = target, source
         leaving = [self._sequences[row] for row in rows]
         tables, lengths = source.manager.block_tables(leaving), [len(each) for each in leaving]
         arrived: list[SequenceHandle] = []
@@ -232,7 +233,7 @@ class BatchRows:
         sequences, on_host = list(self._sequences), self._on_host.copy()
         for row, sequence in zip(rows, arrived, strict=True):
             sequences[row] = sequence
-        on_host[rows] = target is not self.pool
+        on_host[rows] = to_host
         self._become(sequences, on_host)
 
     # ---------------------------------------------------------------- changing the batch
@@ -263,11 +264,8 @@ class BatchRows:
     def truncate(self, lengths: Int64) -> None:
         """Keep the first `lengths` [rows] tokens of each row. O(rows + blocks)."""
         self._room = 0
-        for partition in self.partitions():
-            for sequence, length in zip(
-                partition.sequences, lengths[partition.rows].tolist(), strict=True
-            ):
-                partition.pool.manager.truncate(sequence, length)
+        for row, length in enumerate(lengths.tolist()):
+            self._pool_of(row).manager.truncate(self._sequences[row], length)
 
     @whole
     def drop_before(self, starts: Int64) -> None:

@@ -87,14 +87,12 @@ class StepTensors:
         return padded
 
     def _written(self, partition: Partition, start: int, stop: int) -> Int64:
-        """Return the slots of existing columns from the block tables."""
         slots_of, lengths = partition.pool.manager.slots, self._columns.lengths
         ranges = (lengths(column)[partition.rows].tolist() for column in (start, stop))
         slots = [slots_of(*each) for each in zip(partition.sequences, *ranges, strict=True)]
         return self._with_padding(np.concatenate(slots), partition, start, stop)
 
     def _row_indices(self, partition: Partition, device: torch.device) -> Tensor | None:
-        """Return the rows' indices, or None for all rows."""
         return None if len(partition.rows) == len(self._rows) else to_device(partition.rows, device)
 
     def tables(self, num_columns: int, device: torch.device) -> list[Tables]:
