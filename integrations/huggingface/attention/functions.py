@@ -114,7 +114,7 @@ def in_place(
     else:
         view = common_view(key, value)
         if isinstance(view, packed.PackedView):
-            return packed.attend(view.layer, module, query, **kwargs)
+            return packed.attend(view, module, query, **kwargs)
         if view is None or not view.budget.in_place:
             return None
         shown = view.num_rows, view.stop - view.start, view.dtype

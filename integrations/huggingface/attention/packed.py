@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvpager.errors import KVPagerError
-from kvpager.integrations.huggingface.cache.paged_view import Blocks, packed
+from kvpager.integrations.huggingface.cache.paged_view import PagedView, packed
+from kvpager.ops import LayerCaches
 from kvpager.ops import attend as attend_in_place
-from kvpager.storage.block_storage import LayerShape
 
 
 class CannotPack(KVPagerError):
     """The model uses keys and values in a way that packed rows do not support."""
 
 
-class PackedRows(NamedTuple):
-    """A layer's blocks, its window, and the number of tokens in the pass."""
-
-    blocks: Blocks
-    window: int | None
-    num_tokens: int
-
-
-class PackedLayer(Protocol):
-    """The members of a layer that its view uses."""
-
-    shape: LayerShape
-    dtype: torch.dtype
-    device: torch.device
-
-    def packed_rows(self) -> PackedRows: ...
-
-
-class PackedView:
+class PackedView(PagedView):
     """The keys and values of a layer in a packed pass. They support attention only."""
 
-    __slots__ = ("device", "dtype", "layer", "num_rows", "shape", "start", "stop")
+    __slots__ = ("caches", "window")
 
-    def __init__(self, layer: PackedLayer, num_tokens: int) -> None:
-        self.layer = layer
-        self.num_rows = 1
-        self.start, self.stop = 0, num_tokens
-        self.shape, self.dtype, self.device = layer.shape, layer.dtype, layer.device
-
-    def shows_the_same_as(self, other: object) -> bool:
-        """Return True for the same view, as `PagedView.shows_the_same_as`. O(1)."""
-        return self is other
+    def __init__(self, caches: LayerCaches, window: int | None, *args: Any) -> None:
+        super().__init__(*args)
+        self.caches, self.window = caches, window
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Raise `CannotPack`: packed keys and values have no dense form."""
@@ -56,7 +31,7 @@ class PackedView:
 
 
 def attend(
-    layer: PackedLayer,
+    view: PackedView,
     module: Any,
     query: Tensor,
     *,
@@ -77,10 +52,9 @@ def attend(
         is_causal = getattr(module, "is_causal", True)
     if position_bias is not None or dropout or not is_causal:
         raise CannotPack("its attention is not plainly causal")
-    rows = layer.packed_rows()
-    if query.shape[2] != rows.num_tokens:
+    if query.shape[2] != view.stop:
         raise CannotPack("its queries are not the tokens of the step")
-    blocks = rows.blocks
-    args = blocks.tables.args(softmax_scale=scaling, window=rows.window, softcap=softcap)
-    output = attend_in_place(packed(query), blocks.caches, args, sinks=s_aux)
-    return output[None]
+    view.budget.counters.in_place_reads += 1
+    tables = view.parts[0].tables
+    args = tables.args(softmax_scale=scaling, window=view.window, softcap=softcap)
+    return attend_in_place(packed(query), view.caches, args, sinks=s_aux)[None]

@@ -87,7 +87,8 @@ def _attend(
 ) -> Tensor:
     layer: Any = _caches[int(place)].layers[index]
     layer.write(key, value)
-    return packed.attend(layer, None, query, scaling=scaling, softcap=softcap, s_aux=sinks)
+    view = layer.packed_view()
+    return packed.attend(view, None, query, scaling=scaling, softcap=softcap, s_aux=sinks)
 
 
 @_attend.register_fake

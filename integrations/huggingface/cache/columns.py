@@ -131,10 +131,6 @@ class Columns:
             f"{self.first_private}. In compiled code, all layers must write the same columns."
         )
 
-    def announce(self, padding: Int64, announced: ExpectedPrompt) -> None:
-        """Expect a prompt with `padding` [rows] columns before its tokens. O(1)."""
-        self.padding, self.announced = padding, announced
-
     def agree_with_mask(self, mask: Any) -> bool:
         """Return True if the mask of a pass agrees with the expected prompt. O(rows * columns).
 

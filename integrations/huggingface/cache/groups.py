@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Colum
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
-from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, Views, packed
+from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, packed
 from kvpager.integrations.huggingface.cache.pools import (
     PagedPool,
     Places,
@@ -50,7 +51,7 @@ class LayerGroup:
         self.columns = Columns()
         self.rows = BatchRows(memory)
         self.tensors = StepTensors(self.rows, self.columns)
-        self.views = Views()
+        self.views: weakref.WeakSet[PagedView] = weakref.WeakSet()  # that are still in use
         self.pool: PagedPool | None = None  # of the rows; None before a layer is bound
         self.layout: object = None
         self.prompt: Prompt | None = None
@@ -167,7 +168,7 @@ class LayerGroup:
                 rows.append(lengths(last) - lengths(first), [])
                 rows.drop_before(lengths(min(last, keep_from)))
         else:
-            self.tensors.note_new(start, stop, rows.append(lengths(stop) - lengths(start), ids))
+            self.tensors.new = start, stop, rows.append(lengths(stop) - lengths(start), ids)
         if rows.any_on_host:
             self.prompt = None  # blocks in host memory are not published
 
@@ -217,7 +218,9 @@ class LayerGroup:
 
     def _freeze_views(self) -> None:
         """Materialise live views and drop tensors, before the blocks or tables change."""
-        self.views.freeze()
+        for view in list(self.views):
+            view.dense()
+        self.views.clear()
         self.tensors.clear()
 
     def num_blocks_in(self, tier: Tier) -> int:

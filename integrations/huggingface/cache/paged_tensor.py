@@ -68,22 +68,15 @@ def _gathered(func: Any, args: Any, kwargs: Any) -> Any:
 
 # Functions that need no elements.
 _METADATA = {
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,
-    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.nelement,
-    torch.Tensor.element_size,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.__len__,
-    torch.Tensor.get_device,
-}
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+} | {
+    getattr(Tensor, name)
+    for name in (
+        "size", "dim", "numel", "nelement", "element_size", "is_floating_point", "__len__",
+        "get_device",
+    )
+}  # fmt: skip
 
 
 def paged_tensors(view: PagedView) -> tuple[Tensor, Tensor]:

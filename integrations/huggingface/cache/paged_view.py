@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -171,13 +170,3 @@ class PagedView:
         for part, of_part in zip(self.parts, of_parts, strict=True):
             joined[part.rows] = of_part
         return joined
-
-
-class Views(weakref.WeakSet[PagedView]):
-    """The live views of a group."""
-
-    def freeze(self) -> None:
-        """Materialise and forget all views, before the blocks change. O(bytes shown)."""
-        for view in list(self):
-            view.dense()
-        self.clear()

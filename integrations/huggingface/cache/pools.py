@@ -130,11 +130,6 @@ class PagedPool:
         return sum(segment.storage.nbytes for segment in self._segments)
 
     @property
-    def num_spare_blocks(self) -> int:
-        """Return the number of free blocks and of blocks that fit into the bound. O(pools)."""
-        return self.manager.num_free_blocks + self.num_room_blocks
-
-    @property
     def num_room_blocks(self) -> int:
         """Return how many more blocks fit into the bound; 0 without a bound. O(pools)."""
         return self.memory.room // max(self.block_bytes, 1)
@@ -337,15 +332,12 @@ class PagedPool:
             default=0,
         )
 
-    def _ahead(self, shortage: int) -> int:
-        """Return by how many blocks to grow: at least `shortage`, more if there is room."""
-        return max(shortage, min(self.manager.num_blocks // 4, self._room()))
-
     def _grow(self, shortage: int, need: int) -> None:
         """Grow by at least `shortage` blocks, and more ahead of need. Raises: `OutOfBlocks`."""
         current = self.manager.num_blocks
-        for more in (self._ahead(shortage), shortage):
-            # `_ahead` adds only room within the bound, so other pools give up `shortage` at most.
+        # Room is within the bound, so other pools give up `shortage` at most.
+        ahead = max(shortage, min(current // 4, self._room()))
+        for more in (ahead, shortage):
             if self.memory.claim(more * self.block_bytes, self):
                 try:
                     return self._resize(current + more, need)

@@ -71,7 +71,8 @@ class RowTables:
                 window=window,
                 softcap=softcap,
                 mask=mask,
-                kv_starts=None if num_columns is None else self._last(num_columns),
+                # Each row's first token among the last columns.
+                kv_starts=None if num_columns is None else (self.seq_lens - num_columns).clamp_(0),
                 host_rows=host,
             )
             if mask is None or num_queries == 1:  # other masks are large: do not keep them
@@ -84,7 +85,3 @@ class RowTables:
         end = len(self.block_tables) * num_queries + 1
         device = self.block_tables.device
         return torch.arange(0, end, num_queries, dtype=torch.int32, device=device)
-
-    def _last(self, num_columns: int) -> Tensor:
-        """Return each row's first token among the last columns, int32 [rows]."""
-        return (self.seq_lens - num_columns).clamp_(min=0)

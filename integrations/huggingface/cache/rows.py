@@ -203,7 +203,8 @@ class BatchRows:
         tables = host.pool.manager.block_tables(host.batch)
         group = _fork_group(tables, 0)
         reserve = len(self) + int(_RESERVE * self.pool.manager.num_blocks)
-        if self.pool.num_spare_blocks >= _num_blocks(tables[group]) + reserve:
+        spare = self.pool.manager.num_free_blocks + self.pool.num_room_blocks
+        if spare >= _num_blocks(tables[group]) + reserve:
             with contextlib.suppress(OutOfBlocks):  # the device may be full within the bound
                 self._move(host.rows[group], to_host=False)
 

@@ -48,11 +48,8 @@ class StepTensors:
         """Drop all tensors, since the batch changes. O(1)."""
         self._slots: dict[tuple[torch.device, int, int], list[Slots]] = {}
         self._tables: dict[tuple[torch.device, int], list[Tables]] = {}
-        self._new: tuple[int, int, list[Int64]] | None = None
-
-    def note_new(self, start: int, stop: int, slots: list[Int64]) -> None:
-        """Record the slots of columns that were just added, for each tier with rows. O(1)."""
-        self._new = start, stop, slots
+        # The start and stop of columns that were just added, and their slots in each tier.
+        self.new: tuple[int, int, list[Int64]] | None = None
 
     def slots(self, start: int, stop: int, device: torch.device) -> list[Slots]:
         """Return the slots of columns `start` to `stop`, for each tier with rows.
@@ -63,8 +60,8 @@ class StepTensors:
         if slots is None:
             slots = self._slots[device, start, stop] = []
             for number, partition in enumerate(self._rows.partitions()):
-                if self._new is not None and self._new[:2] == (start, stop):
-                    flat = self._with_padding(self._new[2][number], partition, start, stop)
+                if self.new is not None and self.new[:2] == (start, stop):
+                    flat = self._with_padding(self.new[2][number], partition, start, stop)
                 else:  # a layer that writes columns after other layers
                     flat = self._written(partition, start, stop)
                 tensor = to_device(flat, _CPU if partition.on_host else device)

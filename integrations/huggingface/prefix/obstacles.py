@@ -83,13 +83,9 @@ def _is_autocast(device_type: str) -> bool:
 def _rotation_depends_on_length(config: Any) -> bool:
     """Return True if a key's rotation depends on its sequence's length (dynamic NTK, LongRoPE)."""
     settings = [getattr(config, name, None) or {} for name in ("rope_parameters", "rope_scaling")]
-    settings += [nested for outer in settings for nested in outer.values() if _is_dict(nested)]
-    kinds = [str(each.get("rope_type", each.get("type"))) for each in settings if _is_dict(each)]
+    settings += [each for outer in settings for each in outer.values() if isinstance(each, dict)]
+    kinds = [str(each.get("rope_type", each.get("type"))) for each in settings]
     return any("dynamic" in kind or "longrope" in kind for kind in kinds)
-
-
-def _is_dict(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _count_from_zero(positions: Tensor | None, input_ids: Tensor, padding: Padding) -> bool:

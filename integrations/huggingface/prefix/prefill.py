@@ -84,7 +84,7 @@ def _prefill_padded(
     announced = ExpectedPrompt(rows, columns, per_pass, is_binding=repeats > 1)
     for group in cache.groups:
         if group.holds_text:
-            group.columns.announce(padding, announced)
+            group.columns.padding, group.columns.announced = padding, announced
     prompt: Prompt | str | None = None
     if prompts is not None:
         reason = reason or prefix_obstacle(cache, inputs, padding)

@@ -22,10 +22,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvpager.blocks.windows import first_visible
 from kvpager.integrations.huggingface.attention import packed_custom_ops
-from kvpager.integrations.huggingface.attention.packed import PackedRows, PackedView
+from kvpager.integrations.huggingface.attention.packed import PackedView
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
-from kvpager.integrations.huggingface.cache.paged_tensor import PagedTensor
-from kvpager.integrations.huggingface.cache.paged_view import Blocks, PagedView, Part, packed
+from kvpager.integrations.huggingface.cache.paged_tensor import paged_tensors
+from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, packed
 from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
@@ -178,8 +178,8 @@ class StepLayer(DynamicLayer):
         self.is_written = False
         self.is_initialized = True
         self.budget = cache.budget
-        self.shape, self.dtype = plan.shape, place.storage.dtype
-        self.device = place.storage.device
+        self.dtype, self.device = place.storage.dtype, place.storage.device
+        self._kind = LayerKind(plan.shape, self.dtype, self.device)
         # Some models test these for the presence of image states. This layer holds text only.
         self.keys = self.values = torch.empty(0, dtype=self.dtype, device=self.device)
         self._cache = cache
@@ -196,11 +196,13 @@ class StepLayer(DynamicLayer):
         """Return the slots and tables of the step in this layer's group."""
         return self.rows.groups[self.group]
 
-    def packed_rows(self) -> PackedRows:
-        """Return the blocks that the packed pass reads, and count the read. O(1)."""
-        self.budget.counters.in_place_reads += 1
-        blocks = Blocks(self._caches, self.group_rows.tables)
-        return PackedRows(blocks, self.window, self.rows.ids.shape[1])
+    def packed_view(self) -> PackedView:
+        """Return the keys and values of all rows in a packed pass. O(1)."""
+        return PackedView(self._caches, self.window, *self._shown(0, self.rows.ids.shape[1]))
+
+    def _shown(self, start: int, stop: int) -> tuple[Any, ...]:
+        parts = [Part(self.place, None, self.group_rows.tables)]
+        return self._kind, parts, _NO_PADDING, start, stop, self.budget
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -212,13 +214,10 @@ class StepLayer(DynamicLayer):
             )
         self.write(key_states, value_states)
         if self._cache.is_packed:
-            view: Any = PackedView(self, self.rows.ids.shape[1])
+            view: PagedView = self.packed_view()
         else:
-            kind = LayerKind(self.shape, self.dtype, self.device)
-            parts = [Part(self.place, None, self.group_rows.tables)]
-            columns = self._first_visible(), self.rows.longest
-            view = PagedView(kind, parts, _NO_PADDING, *columns, self.budget)
-        return PagedTensor(view, 0), PagedTensor(view, 1)
+            view = PagedView(*self._shown(self._first_visible(), self.rows.longest))
+        return paged_tensors(view)
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Write the new tokens [1, kv_heads, tokens, dim] to the slots of the step. O(tokens)."""
