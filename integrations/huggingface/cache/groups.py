@@ -26,8 +26,7 @@ from kvpager.integrations.huggingface.cache.pools import (
     waiting_for_room,
 )
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
-from kvpager.integrations.huggingface.cache.rows import BatchRows
-from kvpager.integrations.huggingface.cache.stats import Holding
+from kvpager.integrations.huggingface.cache.rows import BatchRows, Holding
 from kvpager.integrations.huggingface.cache.step_tensors import StepTensors
 from kvpager.plans import Int32, Int64, Tier
 
@@ -231,7 +230,7 @@ class LayerGroup:
     def holdings(self) -> list[Holding]:
         """Count the blocks that the rows hold, in each tier. O(blocks)."""
         with self.lock:
-            return [Holding.of(partition) for partition in self.rows.partitions()]
+            return [partition.holding() for partition in self.rows.partitions()]
 
     # ---------------------------------------------------------------- prompts
 

@@ -23,7 +23,6 @@ from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
 from kvpager.integrations.huggingface.cache.prompt import Namespaces
-from kvpager.plans import Tier
 
 logger = logging.getLogger("kvpager")
 
@@ -52,18 +51,6 @@ class Pool(Protocol):
     def reserved_bytes(self) -> int: ...
     def settle(self) -> None: ...
     def trim(self) -> None: ...
-
-
-class Group(Protocol):
-    """The members of a `LayerGroup` that memory uses."""
-
-    window: int | None
-
-    @property
-    def dense_bytes(self) -> int: ...
-    def pool_in(self, tier: Tier) -> Pool | None: ...
-    def num_blocks_in(self, tier: Tier) -> int: ...
-    def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int: ...
 
 
 class PagedMemory:
@@ -98,7 +85,7 @@ class PagedMemory:
         self.unpaged_layers: dict[str, int] = {}  # class or reason -> the most layers of a model
         self.session_doubts: set[str] = set()  # reasons why sessions share no prompts
         self.fallbacks: Counter[str] = Counter()  # calls by why paging or reuse was skipped
-        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()  # of live caches
+        self._groups: weakref.WeakSet[Any] = weakref.WeakSet()  # `LayerGroup`s of live caches
         self.lock: Any = new_lock() if device is None else device.lock
         self.calls: GenerateCalls = GenerateCalls(self.lock) if device is None else device.calls
         _memories.add(self)
@@ -168,12 +155,13 @@ class PagedMemory:
         others = sum(
             pool.held_bytes if pool in own_pools else pool.reserved_bytes for pool in self.pools()
         )
-        own = sum(
+        own: int = sum(
             group.num_blocks_in(tier) * pool.block_bytes
             for group in groups
             if (pool := group.pool_in(tier)) is not None
         )
-        return max(others - own, 0) + sum(group.full_bytes(kind, call) for group in groups)
+        of_call: int = sum(group.full_bytes(kind, call) for group in groups)
+        return max(others - own, 0) + of_call
 
     def call_growth(self, pool: object) -> int:
         """Return how many more blocks of `pool` this thread's call may take. O(blocks)."""
@@ -192,7 +180,7 @@ class PagedMemory:
         held = sum(pool.held_bytes for pool in self.pools())
         self.counters.peak_held_bytes = max(self.counters.peak_held_bytes, held)
 
-    def note_group(self, group: Group) -> None:
+    def note_group(self, group: Any) -> None:
         """Register the group of a new cache. O(1)."""
         # Locked, because another thread may iterate over the set.
         with self.lock:
@@ -291,7 +279,7 @@ class PagedMemory:
             self._kept.clear()
 
 
-def _groups(call: GenerateCall) -> list[Group]:
+def _groups(call: GenerateCall) -> list[Any]:
     return [group for cache in call.caches for group in cache.groups]
 
 

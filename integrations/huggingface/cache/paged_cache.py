@@ -8,6 +8,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from kvpager.integrations.huggingface.cache.columns import ColumnMismatch
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
-from kvpager.integrations.huggingface.cache.stats import CacheStats
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.plans import Int64
 from kvpager.storage.block_storage import LayerShape
@@ -39,6 +39,27 @@ _CROPS_TO_A_LENGTH = Version(transformers.__version__) < Version("5.20")
 _NOT_COPIED = {
     "layers", "groups", "memory", "layer_class_to_replicate", "_before", "_last_written",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """The current contents of one cache. A block counts once, however many rows share it.
+
+    `num_tokens` is the number of columns of the batch, padding included. `dense_bytes` is what
+    `DynamicCache` would hold for the paged layers. Apart from `num_layers`, the figures do not
+    include layers that are not paged.
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_layers: int
+    num_paged_layers: int
+    num_blocks: int
+    num_shared_blocks: int  # held by several rows of the cache
+    held_bytes: int
+    dense_bytes: int
+    num_host_blocks: int
+    host_held_bytes: int
 
 
 class PagedCache(DynamicCache):

@@ -43,18 +43,13 @@ class Part(NamedTuple):
             query = query[self.rows]
             mask = mask if mask is None or len(mask) == 1 else mask[self.rows]
         rows, query_heads, q_len, _ = query.shape
-        blocks = self.on(query.device)
-        args = blocks.tables.args(q_len, mask=mask, **options)
-        output = attend_in_place(packed(query), blocks.caches, args, sinks=sinks)
+        is_here = self.place.storage.device == query.device
+        caches, tables = (self.caches(), self.tables) if is_here else self.staged(query.device)
+        args = tables.args(q_len, mask=mask, **options)
+        output = attend_in_place(packed(query), caches, args, sinks=sinks)
         return output.view(rows, q_len, query_heads, -1)
 
-    def on(self, device: torch.device) -> Blocks:
-        """Return the blocks for a kernel on `device`. O(1), or O(bytes) for a copy to it."""
-        if self.place.storage.device == device:
-            return Blocks(self.caches(), self.tables)
-        return self.staged(device)
-
-    def staged(self, device: torch.device) -> Blocks:
+    def staged(self, device: torch.device) -> tuple[LayerCaches, RowTables]:
         """Copy the part's blocks of this layer to `device`. O(bytes)."""
         theirs = self.tables.block_tables
         used = theirs >= 0
@@ -63,17 +58,10 @@ class Part(NamedTuple):
         tables[used] = torch.arange(len(blocks), dtype=tables.dtype)
         key, value, *scales = (to_device(cache[blocks], device) for cache in self.caches().tensors)
         host = HostRows(tables.numpy(), self.tables.host.seq_lens)
-        return Blocks(
+        return (
             LayerCaches(key, value, (scales[0], scales[1]) if scales else None),
             RowTables(to_device(host.block_tables, device), to_device(host.seq_lens, device), host),
         )
-
-
-class Blocks(NamedTuple):
-    """A layer's blocks and the rows' block tables, as kernels take them."""
-
-    caches: LayerCaches
-    tables: RowTables
 
 
 def packed(states: Tensor) -> Tensor:

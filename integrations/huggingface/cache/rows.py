@@ -34,6 +34,15 @@ from kvpager.plans import Int32, Int64
 _RESERVE = 1 / 8
 
 
+class Holding(NamedTuple):
+    """The blocks of one pool that the rows of a group hold."""
+
+    num_blocks: int
+    num_shared_blocks: int  # held by several rows
+    held_bytes: int
+    on_host: bool
+
+
 class Partition(NamedTuple):
     """Rows of a batch that are in one pool."""
 
@@ -42,6 +51,13 @@ class Partition(NamedTuple):
     sequences: list[SequenceHandle]
     batch: Batch  # the same sequences, for operations on all of them
     on_host: bool
+
+    def holding(self) -> Holding:
+        """Count the blocks of the rows. O(blocks)."""
+        tables = self.pool.manager.block_tables(self.batch)
+        blocks, holders = np.unique(tables[tables >= 0], return_counts=True)
+        num_bytes = len(blocks) * self.pool.block_bytes
+        return Holding(len(blocks), int(np.count_nonzero(holders > 1)), num_bytes, self.on_host)
 
 
 class BatchRows:

@@ -36,6 +36,9 @@ class _PoolLayout(NamedTuple):
     kinds: list[LayerKind]
 
 
+_NO_LAYOUT = _PoolLayout(None, [])
+
+
 @dataclass
 class _Served:
     """The facts about a model whose prompts are kept."""
@@ -44,7 +47,7 @@ class _Served:
     decoding_watch: ModelWatch
     decoding_key: PrefixKey | None = None  # of the last call that decoded
     row_obstacle: tuple[PrefixKey | None, str | None] = None, None  # of the last key
-    layout: _PoolLayout | None = None
+    layout: _PoolLayout = _NO_LAYOUT
 
 
 class PromptCache:
@@ -100,7 +103,7 @@ class PromptCache:
 
     def known(self, model: nn.Module, cache: PagedCache, prompt: Prompt) -> Int64:
         """Return the number of cached tokens of each row; at least one token is new. O(tokens)."""
-        pool = self._pool(model, cache)
+        pool, _ = self._pool(model, cache)
         if pool is None:
             return np.zeros(len(prompt.rows), np.int64)
         return np.array([_known(pool, row, prompt.key) for row in prompt.rows], np.int64)
@@ -116,24 +119,23 @@ class PromptCache:
                 return
             cache.reset()
         group.columns.padding, group.prompt = padding, prompt
-        pool, layout = self._pool(model, cache), self._served(model).layout
-        if pool is not None and layout is not None:
+        pool, layout = self._pool(model, cache)
+        if pool is not None:
             _reuse(cache, layout, pool, prompt, padding)
 
     def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
         """Wait for other calls if memory is short, before the cache takes blocks. O(layers)."""
-        layout = self._served(model).layout
-        if layout is not None and self._pool(model, cache) is not None:
+        pool, layout = self._pool(model, cache)
+        if pool is not None:
             cache.memory.await_turn(layout.kinds[0])
 
-    def _pool(self, model: nn.Module, cache: PagedCache) -> PagedPool | None:
-        """Return the pool of the model's prompts; None if there is none that fits the cache."""
+    def _pool(self, model: nn.Module, cache: PagedCache) -> tuple[PagedPool | None, _PoolLayout]:
+        """Return the pool of the model's prompts, or None if there is none that fits the cache."""
         layout = self._served(model).layout
-        if layout is None or len(layout.kinds) != len(cache.paged_layers()):
-            return None
+        if len(layout.kinds) != len(cache.paged_layers()):
+            return None, layout
         with cache.memory.lock:
-            found: PagedPool | None = cache.memory.by_layout.get(layout.key)
-        return found
+            return cache.memory.by_layout.get(layout.key), layout
 
     def publish(self, model: nn.Module, cache: PagedCache) -> None:
         """Publish the full blocks of a prompt that has been computed. O(blocks)."""

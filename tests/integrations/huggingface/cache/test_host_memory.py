@@ -435,11 +435,11 @@ def test_staged_blocks_are_read_like_blocks_in_place(kv_cache_dtype: Any) -> Non
         model(tiny_models.prompts([12, 12])["input_ids"], **passing(cache))
     cache.batch_select_indices(torch.tensor([1, 0]))
     (part,) = cache.groups[0].parts(1, 12)
-    here, staged = part.on(torch.device("cpu")), part.staged(torch.device("cpu"))
-    assert staged.tables.seq_lens.tolist() == [12, 12]
-    for mine, theirs in zip(staged.caches.tensors, here.caches.tensors, strict=True):
+    caches, tables = part.staged(torch.device("cpu"))
+    assert tables.seq_lens.tolist() == [12, 12]
+    for mine, theirs in zip(caches.tensors, part.caches().tensors, strict=True):
         assert torch.equal(
-            mine[staged.tables.block_tables.long()], theirs[here.tables.block_tables.long()]
+            mine[tables.block_tables.long()], theirs[part.tables.block_tables.long()]
         )
 
 
