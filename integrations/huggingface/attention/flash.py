@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from kvpager.integrations.huggingface.attention.functions import AttentionFunction, in_place
 from kvpager.integrations.huggingface.cache.paged_tensor import common_view
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
-from kvpager.plans import Int64
 
 # Flash attention computes in these dtypes only; transformers casts others, which changes tokens.
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -121,21 +120,15 @@ def _hides_padding_only(mask: Tensor | None, view: PagedView) -> bool:
     if mask.is_inference():  # such a tensor does not tell whether it changed
         return _is_padding(mask, view)
     state = mask._version, view.start, view.stop
-    known: _Compared | None = _compared.get(mask)
-    if known is None or known.state != state or known.padding is not view.padding:
-        known = _compared[mask] = _Compared(state, view.padding, _is_padding(mask, view))
-    return known.is_padding
+    before, padding, result = _compared.get(mask, (None, None, False))
+    if before != state or padding is not view.padding:
+        result = _is_padding(mask, view)
+        _compared[mask] = state, view.padding, result
+    return bool(result)
 
 
-class _Compared(NamedTuple):
-    """The result of comparing a mask with the padding of a view."""
-
-    state: tuple[int, int, int]  # the version of the mask, and the columns of the view
-    padding: Int64  # [rows]
-    is_padding: bool
-
-
-_compared: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask
+# By mask: its version with the columns of the view, the view's padding, and the result.
+_compared: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _is_padding(mask: Tensor, view: PagedView) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
 
@@ -48,17 +49,6 @@ class Mark(NamedTuple):
     which: int  # 0: keys, 1: values
     start: int
     stop: int
-
-
-class Shape(NamedTuple):
-    """The shape, dtype and device of a layer's keys and values."""
-
-    rows: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    device: torch.device
 
 
 # By the number of the group, and the layer's number.
@@ -89,10 +79,12 @@ def on_the_host(function: _F) -> _F:
 # -------------------------------------------------------------------- what is traced
 
 
-def read(layer: Layer, shape: Shape, start: int, stop: int) -> tuple[Tensor, Tensor]:
+def read(
+    layer: Layer, num_rows: int, kind: LayerKind, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
     """Return columns `start` to `stop` as marked tensors. Traced."""
-    place = layer.group.place
-    keys, values = _read(place, layer.number, start, stop, *shape)
+    place, shape = layer.group.place, (num_rows, *kind.shape)
+    keys, values = _read(place, layer.number, start, stop, *shape, kind.dtype, kind.device)
     # A trace cannot mark an operator's results in a tuple, but it can mark views of them.
     keys, values = keys.view(keys.shape), values.view(values.shape)
     keys.kvpager_mark = Mark(layer, place, 0, start, stop)
@@ -167,10 +159,12 @@ def _read(
 
 @_read.register_fake
 def _(place: Tensor, layer: int, start: int, stop: int, *given: Any) -> tuple[Tensor, Tensor]:
-    shape = Shape(*given)
-    sizes = (shape.rows, shape.kv_heads, stop - start)
-    of: Any = {"dtype": shape.dtype, "device": shape.device}
-    return torch.empty(*sizes, shape.key_dim, **of), torch.empty(*sizes, shape.value_dim, **of)
+    rows, kv_heads, key_dim, value_dim, dtype, device = given
+    key, value = (
+        torch.empty(rows, kv_heads, stop - start, dim, dtype=dtype, device=device)
+        for dim in (key_dim, value_dim)
+    )
+    return key, value
 
 
 @torch.library.custom_op("kvpager::attend", mutates_args=(), tags=_TAGS)

@@ -31,6 +31,10 @@ def _on_the_cache(method: str) -> Any:
     return refuse
 
 
+def _kind_of(key: Tensor, value: Tensor) -> LayerKind:
+    return LayerKind(LayerShape(key.shape[1], key.shape[3], value.shape[3]), key.dtype, key.device)
+
+
 class PagedLayer(DynamicLayer):
     """A full-attention layer, which writes into its group's blocks and returns paged tensors.
 
@@ -46,7 +50,7 @@ class PagedLayer(DynamicLayer):
         self.num_columns = 0
         self.kind: LayerKind | None = None
         custom_ops.enter(self)
-        self._traced: custom_ops.Shape | None = None  # of the last write in a trace
+        self._traced: tuple[int, LayerKind] | None = None  # the last write in a trace: its rows
         super().__init__()  # type: ignore[no-untyped-call]
 
     # `keys` and `values` are made at each read, so that they are never out of date.
@@ -80,8 +84,7 @@ class PagedLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve storage for the layer in the pool. Raises: `OutOfBlocks`."""
-        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        self.bind(LayerKind(shape, key_states.dtype, key_states.device))
+        self.bind(_kind_of(key_states, value_states))
 
     def bind(self, kind: LayerKind) -> None:
         """Reserve storage for the layer, which is of `kind`, in the pool. Raises: `OutOfBlocks`."""
@@ -108,9 +111,8 @@ class PagedLayer(DynamicLayer):
         start, first = self.num_columns, self._first_visible_column()
         custom_ops.write(key, value, self.group.place, self.number, start)
         self.num_columns = start + key.shape[2]
-        rows, heads, _, dim = key.shape
-        self._traced = custom_ops.Shape(rows, heads, dim, value.shape[3], key.dtype, key.device)
-        return custom_ops.read(self, self._traced, first, self.num_columns)
+        self._traced = key.shape[0], _kind_of(key, value)
+        return custom_ops.read(self, *self._traced, first, self.num_columns)
 
     def store(self, key: Tensor, value: Tensor, start: int, keep_from: int = 0) -> None:
         """Write columns from `start` on to the blocks. O(tokens).
@@ -154,16 +156,14 @@ class PagedLayer(DynamicLayer):
 
     def _handles(self, start: int) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return custom_ops.read(self, self._shape(), start, self.num_columns)
-        return paged_tensors(self.view(start, self.num_columns))
-
-    def _shape(self) -> custom_ops.Shape:
-        rows = self.group.num_rows
-        if self.kind is None or not rows:
+            if self.kind is not None and self.group.num_rows:
+                return custom_ops.read(
+                    self, self.group.num_rows, self.kind, start, self.num_columns
+                )
             # Nothing was stored before this trace, so all columns were written in it.
             assert self._traced is not None
-            return self._traced
-        return custom_ops.Shape(rows, *self.kind.shape, self.kind.dtype, self.kind.device)
+            return custom_ops.read(self, *self._traced, start, self.num_columns)
+        return paged_tensors(self.view(start, self.num_columns))
 
     def view(self, start: int, stop: int) -> PagedView:
         """Return a view of columns `start` to `stop`. O(1)."""
