@@ -20,42 +20,30 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.budget import LayerKind
-from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.paged_view import PagedView
-
-
-class Layer(Protocol):
-    """The members of a paged layer that the operators use."""
-
-    group: LayerGroup
-    number: int
-    num_columns: int
-
-    def store(self, key: Tensor, value: Tensor, start: int) -> None: ...
-    def view(self, start: int, stop: int) -> PagedView: ...
 
 
 class Mark(NamedTuple):
     """The mark on a tensor that `read` returned: its layer and columns."""
 
-    layer: Layer
+    layer: Any  # a `PagedLayer`
     place: Tensor
     which: int  # 0: keys, 1: values
     start: int
     stop: int
 
 
-# By the number of the group, and the layer's number.
-_layers: weakref.WeakValueDictionary[tuple[int, int], Layer] = weakref.WeakValueDictionary()
+# `PagedLayer`s by the number of the group, and the layer's number.
+_layers: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()
 
 
-def enter(layer: Layer) -> None:
+def enter(layer: Any) -> None:
     """Register `layer` for the operators while it lives. O(1)."""
     _layers[int(layer.group.place), layer.number] = layer
 
@@ -80,7 +68,7 @@ def on_the_host(function: _F) -> _F:
 
 
 def read(
-    layer: Layer, num_rows: int, kind: LayerKind, start: int, stop: int
+    layer: Any, num_rows: int, kind: LayerKind, start: int, stop: int
 ) -> tuple[Tensor, Tensor]:
     """Return columns `start` to `stop` as marked tensors. Traced."""
     place, shape = layer.group.place, (num_rows, *kind.shape)
@@ -154,7 +142,8 @@ def _read(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    return _layers[int(place), layer].view(start, stop).dense()
+    view: PagedView = _layers[int(place), layer].view(start, stop)
+    return view.dense()
 
 
 @_read.register_fake
@@ -181,7 +170,7 @@ def _attend(
     causal: bool,
     softcap: float | None,
 ) -> Tensor:
-    view = _layers[int(place), layer].view(start, stop)
+    view: PagedView = _layers[int(place), layer].view(start, stop)
     options: Any = {"softmax_scale": softmax_scale, "causal": causal, "softcap": softcap}
     return view.attend(query, mask, sinks, **options)
 

@@ -10,11 +10,7 @@ from kvpager.integrations.huggingface.cache.pools import Places
 
 
 class LayerPlaces:
-    """The layers of a group.
-
-    Args:
-        expected: the number of layers that the model has for the group; None if unknown.
-    """
+    """The layers of a group, of which the model has `expected`; None if that is unknown."""
 
     def __init__(self, expected: int | None) -> None:
         self.expected = expected

@@ -51,11 +51,7 @@ class Prompt:
 
 
 class Namespaces:
-    """The namespaces of the calls that one patch serves.
-
-    Args:
-        default: the namespace of calls outside of `chosen`.
-    """
+    """The namespaces of the calls that one patch serves; the default one outside of `chosen`."""
 
     def __init__(self, default: str | None = None) -> None:
         self._default = default
