@@ -36,10 +36,8 @@ _numbers = itertools.count()
 class LayerGroup:
     """The layers of a cache that share the rows' block tables: all with one window, or none.
 
-    Args:
-        memory: the patch's memory, which provides the pool.
-        num_layers: the number of layers; None if it is not known beforehand.
-        window: tokens to which a query attends, itself included; None for all.
+    `num_layers` is None if it is not known beforehand. A query attends to `window` tokens, itself
+    included; to all for None.
     """
 
     def __init__(self, memory: PagedMemory, num_layers: int | None, window: int | None) -> None:

@@ -134,15 +134,6 @@ class PagedPool:
         """Return how many more blocks fit into the bound; 0 without a bound. O(pools)."""
         return self.memory.room // max(self.block_bytes, 1)
 
-    def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
-        """Return the storages of layer `layer` of `num_layers` in both tiers. O(storages).
-
-        Raises: as `storage`.
-        """
-        with self.lock:
-            host = self.host.storage(kind, layer, num_layers) if self.host is not None else None
-            return Places(self.storage(kind, layer, num_layers), host)
-
     @whole
     def storage(self, kind: LayerKind, layer: int, num_layers: int) -> Place:
         """Return the storage of layer `layer` of `num_layers` in this pool. O(storages).

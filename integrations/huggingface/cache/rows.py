@@ -109,11 +109,13 @@ class BatchRows:
             part.adopt([])
 
     def places(self, kind: LayerKind, layer: int, num_layers: int) -> Places:
-        """Return the storages of a layer. O(storages).
+        """Return the storages of layer `layer` of `num_layers` in both tiers. O(storages).
 
         Raises: as `PagedPool.storage`; `OutOfQuota` if the larger blocks exceed the rows' quota.
         """
-        places = self.pool.places(kind, layer, num_layers)
+        asked, host = (kind, layer, num_layers), self.pool.host
+        on_host = None if host is None else host.storage(*asked)
+        places = Places(self.pool.storage(*asked), on_host)
         if len(self):
             self.pool.enforce_quota(self._key)
         return places

@@ -120,8 +120,23 @@ class PromptCache:
             cache.reset()
         group.columns.padding, group.prompt = padding, prompt
         pool, layout = self._pool(model, cache)
-        if pool is not None:
-            _reuse(cache, layout, pool, prompt, padding)
+        if pool is None:
+            return
+        # No other cache may take the blocks meanwhile, and no interrupt may lose them.
+        with pool.lock, pool.uninterrupted:
+            # All rows have as many columns as the row with the shortest cached prefix.
+            known = [_known(pool, row, prompt.key) for row in prompt.rows]
+            num_columns = int((padding + known).min())
+            if num_columns <= int(padding.min()):
+                return
+            lengths = np.maximum(num_columns - padding, 0).tolist()
+            sequences = _begin_known(pool, prompt, lengths)
+            if sequences is None:
+                return
+            group.adopt(layout.key, sequences, prompt.key, num_columns)
+            for layer, kind in zip(cache.paged_layers(), layout.kinds, strict=True):
+                layer.bind(kind)
+                layer.num_columns = num_columns
 
     def await_turn(self, model: nn.Module, cache: PagedCache) -> None:
         """Wait for other calls if memory is short, before the cache takes blocks. O(layers)."""
@@ -240,26 +255,6 @@ class _ModelChangeGuard(LogitsProcessor):
                 )
             self._before = now
         return scores
-
-
-def _reuse(
-    cache: PagedCache, layout: _PoolLayout, pool: PagedPool, prompt: Prompt, padding: Padding
-) -> None:
-    # No other cache may take the blocks meanwhile, and no interrupt may lose them.
-    with pool.lock, pool.uninterrupted:
-        # All rows have as many columns as the row with the shortest cached prefix.
-        known = [_known(pool, row, prompt.key) for row in prompt.rows]
-        num_columns = int((padding + known).min())
-        if num_columns <= int(padding.min()):
-            return
-        lengths = np.maximum(num_columns - padding, 0).tolist()
-        sequences = _begin_known(pool, prompt, lengths)
-        if sequences is None:
-            return
-        cache.groups[0].adopt(layout.key, sequences, prompt.key, num_columns)
-        for layer, kind in zip(cache.paged_layers(), layout.kinds, strict=True):
-            layer.bind(kind)
-            layer.num_columns = num_columns
 
 
 def _known(pool: PagedPool, row: Int32, key: PrefixKey) -> int:
