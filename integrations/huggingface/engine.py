@@ -120,7 +120,7 @@ class Engine:
     def _prepare(
         self, switch: AttentionSwitch, on_step: Callable[[StepRecord], None] | None
     ) -> Callable[[], EngineCore]:
-        """Make the parts for the model. Return the function that begins."""
+        """Make the parts for the model. Return a function that starts the engine."""
         model, config = self.model, self.config
         self._budget = budget = Budget(
             config.memory,
