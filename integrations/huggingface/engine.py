@@ -36,6 +36,8 @@ from kvpager.engine.core import EngineCore
 from kvpager.engine.detokenizer import text_tokenizer
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Output, Stream
+from kvpager.engine.tiers import EngineTiers
+from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.releases import warn_if_untested
@@ -313,6 +315,13 @@ class Engine:
     def quotas(self) -> NamespaceQuotas:
         """The quota of each namespace, as bytes or blocks: `engine.quotas["acme"] = "2GiB"`."""
         return self._core.quotas
+
+    @property
+    def tiers(self) -> EngineTiers:
+        """The engine's tiers: `engine.tiers.forget("acme")`. Raises: `KVPagerError` without."""
+        if self._core.tiers is None:
+            raise KVPagerError("this engine has no tiers. Pass Engine(model, tiers=...).")
+        return self._core.tiers
 
     @property
     def block_bytes(self) -> int:

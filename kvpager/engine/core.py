@@ -33,6 +33,7 @@ from kvpager.engine.request_state import RequestSettings, TrackedRequest
 from kvpager.engine.runner import Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
 from kvpager.engine.threads import end_idle_workers
+from kvpager.engine.tiers import EngineTiers
 from kvpager.errors import EngineClosed
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
@@ -78,6 +79,7 @@ class EngineCore:
 
     Attributes:
         quotas: the maximum blocks of each namespace.
+        tiers: what callers may ask of the tiers; None without tiers.
         error: the defect that stopped the engine, or None.
     """
 
@@ -107,8 +109,9 @@ class EngineCore:
         self._dispatcher = Dispatcher()
         self._pauses = Pauses(self.process, self.clear_prefix_cache, self._dispatcher.post)
         guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
-        self._fetching = None
+        self._fetching = self.tiers = None
         if tiering is not None:
+            self.tiers = EngineTiers(tiering, self._locked, self.refuse_closed)
             wake = partial(self._inbox.put, None)
             self._fetching = Fetching(scheduler, tiering, self._lock, guard, wake)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("xxhash")
 
 from kvpager import Engine, EngineConfig  # noqa: E402
-from kvpager.errors import KVPagerError  # noqa: E402
+from kvpager.errors import EngineClosed, KVPagerError  # noqa: E402
 from kvpager.storage.tiers.seals import Encrypted, Mac  # noqa: E402
 from tests.support.tiered_engines import (  # noqa: E402
     NUM_CACHED,
@@ -194,6 +194,25 @@ def test_a_model_that_changes_uses_no_tier_any_more(disk: str) -> None:
     assert outputs[0].token_ids == without_tiers(model)
 
 
+def test_a_forgotten_namespace_is_found_nowhere(model: Any, disk: str) -> None:
+    saved_by(model, disk, namespace="acme")
+    with engine_over(model, disk) as engine:
+        assert ask(engine, namespace="acme").num_cached_tokens == NUM_CACHED
+        assert engine.tiers.forget("acme") == NUM_CACHED // 16
+        assert ask(engine, namespace="acme").num_cached_tokens == 0
+    with pytest.raises(EngineClosed):
+        engine.tiers.forget("acme")
+
+
+def test_a_namespace_keeps_no_more_than_its_limit(model: Any, disk: str) -> None:
+    with engine_over(model, disk) as engine:
+        engine.tiers.limit("acme", capacity=2 * engine.block_bytes)
+        ask(engine, namespace="acme")
+    with engine_over(model, disk) as engine:
+        assert ask(engine, namespace="acme").num_cached_tokens <= 32
+        assert store_stats(engine).num_blocks <= 2
+
+
 # ------------------------------------------------------------------------------------ errors
 
 
@@ -245,6 +264,11 @@ def test_a_model_that_changes_while_its_engine_is_made_is_refused(
     monkeypatch.undo()
     with Engine(model, memory="4MiB", tiers=disk):  # the directory is in use no more
         pass
+
+
+def test_an_engine_without_tiers_says_so(model: Any) -> None:
+    with Engine(model, memory="4MiB") as engine, pytest.raises(KVPagerError, match="no tiers"):
+        engine.tiers.forget("acme")
 
 
 @pytest.mark.parametrize(
