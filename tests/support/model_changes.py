@@ -167,8 +167,10 @@ def global_hooks_come_and_go(model: Any) -> Iterator[None]:
         nn.modules.module.register_module_parameter_registration_hook,
     ):
         handle = register(lambda *_: None)
-        yield
-        handle.remove()
+        try:
+            yield
+        finally:
+            handle.remove()
         yield
 
 
