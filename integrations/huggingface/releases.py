@@ -83,7 +83,11 @@ def warn_if_untested() -> None:
     installed = transformers.__version__
     if installed in _looked_at:
         return
-    if _is_untested(installed):
+    try:
+        is_untested = Version(installed).release[:2] > Version(NEWEST_TESTED).release
+    except InvalidVersion:  # a user's build without a version number
+        is_untested = False
+    if is_untested:
         warnings.warn(
             f"transformers {installed}: kvpager was tested with releases up to {NEWEST_TESTED}. "
             "Compare outputs with those of the unpatched model, or install "
@@ -92,10 +96,3 @@ def warn_if_untested() -> None:
             stacklevel=3,
         )
     _looked_at.add(installed)
-
-
-def _is_untested(installed: str) -> bool:
-    try:
-        return Version(installed).release[:2] > Version(NEWEST_TESTED).release
-    except InvalidVersion:  # a user's build without a version number
-        return False

@@ -136,7 +136,9 @@ class _Snapshot:
         tensors, self._files = self._outside(self._contents)
         self._weights = Weights(tensors)
         self._settings = _numerics()
-        training = [f"a {kind.__name__} is in training mode" for kind in _in_training(modules)]
+        trained = dict.fromkeys(type(module) for module in modules if module.training)
+        affected: Iterator[type] = filter(reads_training, trained)
+        training = [f"a {kind.__name__} is in training mode" for kind in affected]
         weights = [self._whole.weights.doubt, self._weights.doubt]
         self.doubt = next(filter(None, [*training, *self._contents.doubts, *weights]), None)
         # An object kept in the snapshot would keep the model alive through its references.
@@ -216,7 +218,7 @@ class _PartSnapshot:
                     self._links.append((place, name))
                     self._link_refs.append(_ref(value))
                 else:
-                    self.roots.append(_attribute(owners[place], name))
+                    self.roots.append(_held(owners[place], name))
         self._values = [_copy(read(each)) for read, each in zip(self._readers, held, strict=True)]
         self._num_modules = sum(isinstance(owner, nn.Module) for owner in owners)
         objects = _objects(held[: self._num_modules])
@@ -229,7 +231,7 @@ class _PartSnapshot:
         weights = [objects[place] for place in self._places]
         self.weights = Weights(weights)
         # A quantised weight may keep its scales as attributes.
-        self.roots += [_attributes(weight) for weight in weights if holds_settings(weight)]
+        self.roots += [_held(weight) for weight in weights if holds_settings(weight)]
         for place in self._offloaded:
             objects[place] = None
         self._objects = list(map(_ref, objects))
@@ -269,15 +271,15 @@ class _PartSnapshot:
 
 def _relevant(held: Mapping[str, Any]) -> set[str]:
     """Return the names of the attributes from which a model may compute."""
-    names = held.keys() - _TORCH_OWN
-    return {name for name in names if is_plain(held[name]) or _matters(name, held[name])}
-
-
-def _matters(name: str, value: object) -> bool:
-    """Return True if a model may compute from `value`, an attribute that is not a plain value."""
-    if isinstance(value, _WATCHED):
-        return True
-    return callable(value) or name == "_hf_hook" or not is_library(type(value).__module__)
+    return {
+        name
+        for name in held.keys() - _TORCH_OWN
+        if is_plain(value := held[name])
+        or isinstance(value, _WATCHED)
+        or callable(value)
+        or name == "_hf_hook"
+        or not is_library(type(value).__module__)
+    }
 
 
 def _is_fixed(value: object, members: set[int]) -> bool:
@@ -301,12 +303,6 @@ def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def _in_training(modules: list[nn.Module]) -> Iterator[type]:
-    """Return the classes of modules in training mode whose results depend on the mode."""
-    kinds = dict.fromkeys(type(module) for module in modules if module.training)
-    return filter(reads_training, kinds)
-
-
 def _objects(held: list[dict[str, Any]]) -> list[Any]:
     """Return children, hooks, parameters and buffers of modules with the attributes `held`."""
     filled = filter(None, chain.from_iterable(map(_MODULE_DICTS, held)))
@@ -325,14 +321,10 @@ def _ref(value: Any) -> Ref:
         return lambda: value
 
 
-def _attribute(owner: object, name: str) -> Ref:
+def _held(owner: object, name: str | None = None) -> Ref:
+    """Return a reference to an attribute of `owner`, or to all its attributes."""
     ref = weakref.ref(owner)
-    return lambda: vars(ref()).get(name)
-
-
-def _attributes(owner: object) -> Ref:
-    ref = weakref.ref(owner)
-    return lambda: vars(ref())
+    return lambda: vars(ref()) if name is None else vars(ref()).get(name)
 
 
 def _copy(value: Any) -> Any:
