@@ -59,15 +59,17 @@ class CachedBlocks:
         """Dirty blocks that were evicted since `keys` was first called. O(1)."""
         return self._state.pool.num_dropped_dirty
 
-    def leaving(self, count: int) -> Int32:
+    def leaving(self, count: int, ahead: int | None = None) -> Int32:
         """Return the first `count` blocks that would be evicted and are to be offered, int32 [n].
 
         Those are dirty blocks that were not offered since they became idle. They come in the order
         of evictions if they are among the next 8 * `count` blocks; others follow by their rank.
-        O(blocks), O(8 * count * log blocks) if there is one.
+        With `ahead`, all come by their rank, and only blocks that leave while the next `ahead`
+        blocks are taken, by rank. O(blocks), O(8 * count * log blocks) if there is one.
         Raises: `ValueError`, `TypeError` for a bad argument.
         """
         count = arguments.count("count", count)
+        ahead = None if ahead is None else arguments.count("ahead", ahead)
         state = self._state
         with state.lock, state.change:
             wanted = self._to_offer()
@@ -76,25 +78,42 @@ class CachedBlocks:
                 return NO_BLOCKS
             state.change.begin()  # the policy may change ranks
             state.evictor.refresh(_LOOK_AT * count)
+            if ahead is not None:
+                return self._by_rank(wanted & self._are_near(ahead), count)
             next_, is_more = preview.leaving(
                 state.evictor, count, lambda blocks: wanted[blocks], _LOOK_AT * count
             )
             if len(next_) == count or not is_more:
                 return next_
             wanted[next_] = False
-            others = np.flatnonzero(wanted)
-            others = others[np.argsort(state.evictor.policy.rank(others), kind="stable")]
-            return np.concatenate([next_, others[: count - len(next_)].astype(np.int32)])
+            return np.concatenate([next_, self._by_rank(wanted, count - len(next_))])
+
+    def _by_rank(self, wanted: NDArray[np.bool_], count: int) -> Int32:
+        blocks = np.flatnonzero(wanted)
+        ranks = self._state.evictor.policy.rank(blocks)
+        return blocks[np.argsort(ranks, kind="stable")][:count].astype(np.int32)
+
+    def _are_near(self, ahead: int) -> NDArray[np.bool_]:
+        """Return which idle blocks rank lowest, as many as `ahead` blocks need evictions."""
+        pool, near = self._state.pool, self._are_idle()
+        count, idle = max(ahead - pool.num_free, 0), np.flatnonzero(near)
+        if count < len(idle):
+            ranks = self._state.evictor.policy.rank(idle)
+            near[idle] = ranks <= np.partition(ranks, count - 1)[count - 1] if count else False
+        return near
 
     def _to_offer(self) -> NDArray[np.bool_]:
         """Return which blocks are idle, dirty, and not offered since they became idle."""
+        idle = self._are_idle()
+        idle &= self._state.pool.marks & (STORES | OFFERED) == 0
+        return idle
+
+    def _are_idle(self) -> NDArray[np.bool_]:
         pool = self._state.pool
-        wanted: NDArray[np.bool_] = pool.marks & (STORES | OFFERED) == 0
-        wanted &= pool.cached
-        wanted &= pool.refs == 0
+        idle = pool.cached & (pool.refs == 0)
         if pool.num_holds:
-            wanted &= pool.holds == 0
-        return wanted
+            idle &= pool.holds == 0
+        return idle
 
     def keys(self, blocks: Int32, keying: Keying) -> list[bytes]:
         """Return the content keys of published blocks. O(blocks + blocks before them, once).
@@ -205,11 +224,15 @@ class CachedBlocks:
                 state.evictor.enqueue(index)  # idle blocks before them are deferred now
             return ticket
 
-    def release(self, ticket: int) -> None:
-        """End a hold. O(blocks). Raises: `ValueError` for a ticket that is no open hold."""
+    def release(self, ticket: int, *, keep_rank: bool = False) -> None:
+        """End a hold. O(blocks). Raises: `ValueError` for a ticket that is no open hold.
+
+        A hold counts as a use. With `keep_rank` it does not: pass it if no sequence freed the
+        blocks meanwhile.
+        """
         state = self._state
         with state.lock, state.change:
-            state.unpin(ticket)
+            state.unpin(ticket, keep_rank=keep_rank)
 
     def _blocks_of(self, keys: Iterable[bytes]) -> NDArray[np.intp]:
         """Return the blocks that are published with these keys now."""

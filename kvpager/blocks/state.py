@@ -305,11 +305,18 @@ class BlockState:
         self.change.begin()
         return self.fences.pin(blocks)
 
-    def unpin(self, ticket: int) -> None:
-        """End a pin, in a change of its own. O(blocks). Raises: `ValueError` for no open pin."""
+    def unpin(self, ticket: int, *, keep_rank: bool = False) -> None:
+        """End a pin, in a change of its own. O(blocks). Raises: `ValueError` for no open pin.
+
+        The pin counts as a use of its blocks, unless `keep_rank`.
+        """
         self.fences.refuse_no_pin(ticket)
         self.change.begin()
-        self.evictor.release(self.fences.unpin(ticket))
+        blocks = self.fences.unpin(ticket)
+        if not keep_rank:
+            self.evictor.release(blocks)
+        elif len(blocks):
+            self.evictor.enqueue(blocks)
 
     # ---------------------------------------------------------------- token ids
 

@@ -102,7 +102,7 @@ class Fetching:
         is_cleaning = self._is_on and (self._may_be_dirty or self._tiering.has_news)
         if not (self._held or is_cleaning):
             return
-        if self._may_be_dirty and self._guard is not None:
+        if is_cleaning and self._guard is not None:
             self._guard.look()  # blocks that a changed model computed are not saved
         with self._lock:
             try:

@@ -295,6 +295,16 @@ def test_keys_are_right_after_any_resize(seed: int) -> None:
             assert manager.cached.keys(event.blocks, maker) == content_keys(tokens, SIZE, context)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_copy_does_not_change_what_leaves_next(seed: int) -> None:
+    manager, _ = tree(seed)
+    foretold = manager.cached.leaving(100).tolist()
+    ticket = manager.cached.hold(np.array(foretold[:: 1 + seed % 3]))
+    manager.cached.release(ticket, keep_rank=True)
+    manager.check()
+    assert manager.cached.leaving(100).tolist() == foretold
+
+
 # ------------------------------------------------------------------- eviction of a namespace
 
 
@@ -342,3 +352,27 @@ def _published(manager: BlockManager, namespace: str | None) -> set[int]:
         if event.namespace == namespace
         for block in event.blocks.tolist()
     }
+
+
+# ------------------------------------------------------------------- the next to leave
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_blocks_ahead_are_those_that_leave_soon(seed: int) -> None:
+    manager, _ = tree(seed)
+    stats = manager.stats()
+    ahead = random.Random(seed).randrange(stats.num_free, manager.num_blocks)
+    near = set(manager.cached.leaving(100, ahead).tolist())
+    if not (count := max(ahead - stats.num_free, 0)):
+        assert not near
+    else:
+        assert near >= set(evicted(manager, count))
+    assert manager.cached.leaving(100, 0).tolist() == []
+
+
+def test_no_block_is_ahead_while_blocks_are_free() -> None:
+    manager = BlockManager(8, SIZE)
+    cached(manager, [1] * 12)
+    assert not len(manager.cached.leaving(8, 5))
+    assert len(manager.cached.leaving(8, 6)) == 3  # of one use, so of one rank
+    assert len(manager.cached.leaving(2, 6)) == 2

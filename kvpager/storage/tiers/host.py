@@ -29,6 +29,7 @@ class HostStore:
     """
 
     name = "host"
+    is_private = True
 
     def __init__(
         self,

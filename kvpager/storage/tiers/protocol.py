@@ -75,7 +75,8 @@ class BlockStore(Protocol):
 
     A store that knows which keys it stops to offer reports them in an attribute `losses`, a
     `kvpager.storage.tiers.losses.Losses`. One that chooses blocks itself has an attribute `admit`.
-    One with an attribute `bypassed` is offered nothing while that is True.
+    One with an attribute `bypassed` is offered nothing while that is True. One whose attribute
+    `is_private` is True serves this process only, and ends with it.
     """
 
     @property

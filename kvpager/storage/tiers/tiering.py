@@ -34,6 +34,7 @@ from kvpager.storage.tiers.slot_memory import SlotMemory
 from kvpager.storage.tiers.tiering_stats import TieringStats, TierStats
 
 _FETCHES_MAX = 256  # under way at once
+_AHEAD_PART, _AHEAD_MIN = 8, 512  # of the device's blocks; blocks, for a long prompt
 
 
 class Tiering:
@@ -51,6 +52,10 @@ class Tiering:
 
     A block that was offered counts as saved when a store has said so: see `manager.cached`. Blocks
     that came from a store are also saved in the stores before it, while as many slots are free.
+
+    Blocks are saved as soon as they are idle, so that a restart and other machines find them. If
+    every store is private to this process, only the next blocks to leave are saved, an eighth of
+    the device: the stores then hold more that the device does not, and are written less.
 
     One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
 
@@ -96,6 +101,10 @@ class Tiering:
         )
         self._num_declined = 0
         self._is_open = True
+        self._ahead: int | None = None
+        if all(getattr(store, "is_private", False) for store in self.stores):
+            self._ahead = max(manager.num_blocks // _AHEAD_PART, _AHEAD_MIN)
+        self._num_evicted = 0  # at the last `clean`
         self.is_clean = False
 
     # ---------------------------------------------------------------- fetch
@@ -249,8 +258,16 @@ class Tiering:
 
     @property
     def has_news(self) -> bool:
-        """True if stores have answered since the last `clean`. O(1)."""
-        return self._saver.has_news
+        """True if `clean` may find more than at the last call, without a block that became idle.
+
+        That is when stores have answered, or blocks left and others leave next. O(1).
+        """
+        has_moved = self._ahead is not None and self._num_evicted != self._num_evicted_now
+        return has_moved or self._saver.has_news
+
+    @property
+    def _num_evicted_now(self) -> int:
+        return self._manager.queries.num_evicted_blocks
 
     def clean(self, count: int = 64) -> int:
         """Offer the next blocks to be evicted, at most `count`, to the stores.
@@ -261,7 +278,8 @@ class Tiering:
         """
         cached = self._manager.cached
         self._read_news()
-        blocks = cached.leaving(count)
+        self._num_evicted = self._num_evicted_now
+        blocks = cached.leaving(count, self._ahead)
         self.is_clean = not len(blocks)
         if not len(blocks) or not self._is_open:
             return 0
@@ -314,7 +332,7 @@ class Tiering:
         try:
             self._staging.read(blocks.tolist(), slots)
         finally:
-            self._manager.cached.release(ticket)
+            self._manager.cached.release(ticket, keep_rank=True)
         return True
 
     def _read_news(self) -> None:

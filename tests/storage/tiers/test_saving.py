@@ -101,3 +101,36 @@ def test_a_store_that_is_bypassed_is_offered_nothing() -> None:
     assert node.clean() == 5
     assert len(away.blocks) == 5
     node.end()
+
+
+def test_a_private_store_gets_blocks_shortly_before_they_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Private(DictStore):
+        is_private = True
+
+    monkeypatch.setattr("kvpager.storage.tiers.tiering._AHEAD_MIN", 6)
+    node = Node([Private(0)])
+    for seed in range(2):
+        node.compute(prompt(seed))
+    assert node.clean() == 0  # 6 blocks are free
+    assert not node.tiering.has_news
+    node.compute(prompt(2))
+    assert node.clean() == 5
+    for seed in range(3, 20):
+        node.compute(prompt(seed))
+        assert node.tiering.has_news
+        node.clean()
+    assert node.manager.cached.num_dropped_dirty == 0
+    assert node.fetch(prompt(0)) == 5
+    node.end()
+
+
+def test_a_shared_store_gets_blocks_as_soon_as_they_are_idle() -> None:
+    class Private(DictStore):
+        is_private = True
+
+    node = Node([Private(0), DictStore(0)], num_blocks=600)
+    node.compute(prompt(1))
+    assert node.clean() == 5
+    node.end()
