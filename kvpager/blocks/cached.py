@@ -110,7 +110,7 @@ class CachedBlocks:
 
     def _are_idle(self) -> NDArray[np.bool_]:
         pool = self._state.pool
-        idle = pool.cached & (pool.refs == 0)
+        idle: NDArray[np.bool_] = pool.cached & (pool.refs == 0)
         if pool.num_holds:
             idle &= pool.holds == 0
         return idle
