@@ -110,6 +110,21 @@ def wrong_length(row: int, length: int, room: int) -> ValueError:
     )
 
 
+def short_mask(mask: Tensor, longest: int) -> ValueError:
+    """Return the error for a mask with fewer query rows than a row has queries."""
+    return ValueError(
+        f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
+    )
+
+
+def unknown_block(row: int, column: int, block: int, num_blocks: int) -> ValueError:
+    """Return the error for an entry of block tables that the cache does not have."""
+    return ValueError(
+        f"block_tables[{row}, {column}]={block}: "
+        f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
+    )
+
+
 def require_tensors(**tensors: object) -> None:
     """Raise `TypeError` for an argument that is not a tensor, such as a manager's NumPy array."""
     for name, value in tensors.items():

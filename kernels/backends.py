@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from kvpager.kernels import reference, reference_alloc
 
 Kernel = Callable[..., Any]
 
-_REFERENCE: dict[str, Kernel] = {
+REFERENCE: dict[str, Kernel] = {
     "append_kv": reference.append_kv,
     "copy_blocks": reference.copy_blocks,
     "gather_kv": reference.gather_kv,
@@ -63,6 +63,12 @@ def register(operation: str, device_type: str, function: Kernel, reason: str) ->
     _registered[operation, device_type] = (function, reason)
 
 
+def register_reference(operations: Iterable[str], device_type: str, reason: str) -> None:
+    """Let the reference kernels run `operations` on `device_type`, because of `reason`."""
+    for operation in operations:
+        register(operation, device_type, REFERENCE[operation], reason)
+
+
 def select(operation: str, device: torch.device) -> Kernel:
     """Return the function that runs `operation` on `device`: registered, or the reference. O(1).
 
@@ -74,7 +80,7 @@ def select(operation: str, device: torch.device) -> Kernel:
     _require_operation(operation)
     _provide(device.type)
     entry = _registered.get((operation, device.type))
-    return entry[0] if entry is not None else _REFERENCE[operation]
+    return entry[0] if entry is not None else REFERENCE[operation]
 
 
 def active() -> dict[str, dict[str, Active]]:
@@ -86,7 +92,7 @@ def active() -> dict[str, dict[str, Active]]:
         _provide(device_type)
     devices = set(_PROVIDERS) | {device_type for _, device_type in _registered}
     return {
-        device_type: {operation: _active(operation, device_type) for operation in _REFERENCE}
+        device_type: {operation: _active(operation, device_type) for operation in REFERENCE}
         for device_type in sorted(devices)
     }
 
@@ -103,12 +109,12 @@ def _provide(device_type: str) -> None:
 
 
 def _active(operation: str, device_type: str) -> Active:
-    unregistered = (_REFERENCE[operation], "no faster kernel is available")
+    unregistered = (REFERENCE[operation], "no faster kernel is available")
     function, reason = _registered.get((operation, device_type), unregistered)
     module = getattr(function, "__module__", type(function).__module__)
     return Active(module.removeprefix("kvpager.kernels."), reason)
 
 
 def _require_operation(operation: str) -> None:
-    if operation not in _REFERENCE:
-        raise ValueError(f"operation={operation!r}: expected one of {listed(_REFERENCE)}")
+    if operation not in REFERENCE:
+        raise ValueError(f"operation={operation!r}: expected one of {listed(REFERENCE)}")

@@ -16,6 +16,7 @@ import os
 import torch
 from torch import Tensor
 
+from kvpager.kernels.args import short_mask
 from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.host_rows import HostRows
 
@@ -42,11 +43,14 @@ def check_slots(slots: Tensor, key_cache: Tensor) -> None:
 
 def check_attention(query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
     """Raise `ValueError` if a value of `args` exceeds the query or cache. O(table entries)."""
-    rows = args.block_tables, args.seq_lens
-    check_host_rows(args.host_rows, *rows, args.cu_seqlens_q, key_cache.shape[1])
-    check_rows(*rows, key_cache)
-    check_queries(query, args.cu_seqlens_q, args.mask)
-    check_kv_starts(args.kv_starts)
+    if args.host_rows is not None:
+        _check_host_rows(args.host_rows, args, key_cache.shape[1])
+    check_rows(args.block_tables, args.seq_lens, key_cache)
+    if args.cu_seqlens_q is not None:
+        _check_queries(len(query), args.cu_seqlens_q, args.mask)
+    if args.kv_starts is not None:
+        is_wrong = args.kv_starts < 0
+        _refuse("kv_starts", args.kv_starts, is_wrong, "the first token of a row is 0")
 
 
 def check_rows(block_tables: Tensor, seq_lens: Tensor, cache: Tensor) -> None:
@@ -64,37 +68,22 @@ def check_rows(block_tables: Tensor, seq_lens: Tensor, cache: Tensor) -> None:
     _refuse("block_tables", block_tables, wrong, bound)
 
 
-def check_host_rows(
-    rows: HostRows | None,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None,
-    block_size: int,
-) -> None:
-    """Check that `host_rows` has the values of the tensors. O(entries). Raises: `ValueError`."""
-    if rows is None:
-        return
-    pairs = {
-        "seq_lens": (seq_lens, rows.seq_lens),
-        "block_tables": (block_tables, rows.block_tables),
-    }
-    if cu_seqlens_q is not None and rows.cu_seqlens_q is not None:
-        pairs["cu_seqlens_q"] = (cu_seqlens_q, rows.cu_seqlens_q)
-    for name, (tensor, array) in pairs.items():
+def _check_host_rows(rows: HostRows, args: AttentionArgs, block_size: int) -> None:
+    """Raise `ValueError` unless `rows` has the values of the tensors. O(entries)."""
+    for name in ("seq_lens", "block_tables", "cu_seqlens_q"):
+        tensor, array = getattr(args, name), getattr(rows, name)
+        if tensor is None or array is None:
+            continue
         found = tensor.cpu()
         wrong = found != torch.from_numpy(array)
         if name == "block_tables":  # entries past a row's last token are never followed
-            tokens_max = seq_lens.cpu()[:, None] - 1
-            columns = torch.arange(found.shape[1])
-            wrong &= columns <= tokens_max // block_size
+            last = (args.seq_lens.cpu()[:, None] - 1) // block_size
+            wrong &= torch.arange(found.shape[1]) <= last
         _refuse(name, found, wrong, "host_rows has another value there")
 
 
-def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | None) -> None:
+def _check_queries(tokens: int, cu_seqlens_q: Tensor, mask: Tensor | None) -> None:
     """Raise `ValueError` unless `cu_seqlens_q` rises from 0 to the query tokens. O(rows)."""
-    if cu_seqlens_q is None:
-        return
-    tokens = query.shape[0]
     wrong = torch.zeros_like(cu_seqlens_q, dtype=torch.bool)
     wrong[0] |= cu_seqlens_q[0] != 0
     wrong[-1] |= cu_seqlens_q[-1] != tokens
@@ -104,15 +93,7 @@ def check_queries(query: Tensor, cu_seqlens_q: Tensor | None, mask: Tensor | Non
     _refuse("cu_seqlens_q", cu_seqlens_q, wrong, "expected at least that of the row before")
     longest = int(cu_seqlens_q.diff().max()) if len(cu_seqlens_q) > 1 else 0
     if mask is not None and mask.shape[2] < longest:
-        raise ValueError(
-            f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
-        )
-
-
-def check_kv_starts(kv_starts: Tensor | None) -> None:
-    """Raise `ValueError` for a negative start. O(rows)."""
-    if kv_starts is not None:
-        _refuse("kv_starts", kv_starts, kv_starts < 0, "the first token of a row is 0")
+        raise short_mask(mask, longest)
 
 
 def check_copies(copies: Tensor, storage: Tensor) -> None:

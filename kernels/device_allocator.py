@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from kvpager import _validate as arguments
 from kvpager._text import counted
-from kvpager.errors import BrokenInvariant
+from kvpager.errors import require
 
 _INT32_MAX = torch.iinfo(torch.int32).max
 
@@ -20,16 +23,6 @@ class DeviceAllocator:
     time. Between calls, code that keeps the invariants of `check` may write them, for example to
     set up prefilled rows. Issue all calls on one allocator from one stream.
     """
-
-    __slots__ = (
-        "block_size",
-        "block_tables",
-        "failures",
-        "free",
-        "num_free",
-        "ref_counts",
-        "seq_lens",
-    )
 
     def __init__(
         self,
@@ -55,21 +48,19 @@ class DeviceAllocator:
                     f"{name} {blocks} * block_size {self.block_size} passes {_INT32_MAX}, "
                     f"the largest int32; pass fewer blocks"
                 )
+        filled = partial(torch.full, dtype=torch.int32, device=device)
         # The top of the stack is its end, so block 0 is allocated first.
-        order = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32)
-        self.free: Tensor = order.to(device)
+        self.free: Tensor = torch.arange(num_blocks - 1, -1, -1, dtype=torch.int32).to(device)
         """int32 [num_blocks]: a stack. The first `num_free` entries are the free blocks."""
-        self.num_free: Tensor = torch.full((1,), num_blocks, dtype=torch.int32, device=device)
+        self.num_free: Tensor = filled((1,), num_blocks)
         """int32 [1]: number of free blocks."""
-        self.ref_counts: Tensor = torch.zeros(num_blocks, dtype=torch.int32, device=device)
+        self.ref_counts: Tensor = filled((num_blocks,), 0)
         """int32 [num_blocks]: number of tables that hold each block."""
-        self.block_tables: Tensor = torch.full(
-            (num_rows, columns), -1, dtype=torch.int32, device=device
-        )
+        self.block_tables: Tensor = filled((num_rows, columns), -1)
         """int32 [num_rows, max_blocks_per_row]: -1 after the last block."""
-        self.seq_lens: Tensor = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.seq_lens: Tensor = filled((num_rows,), 0)
         """int32 [num_rows]: tokens."""
-        self.failures: Tensor = torch.zeros(1, dtype=torch.int32, device=device)
+        self.failures: Tensor = filled((1,), 0)
         """int32 [1]: rows refused so far. Callers may reset it."""
 
     def __repr__(self) -> str:
@@ -86,30 +77,21 @@ class DeviceAllocator:
         """
         num_blocks, columns = len(self.free), self.block_tables.shape[1]
         num_free = int(self.num_free)
-        if not 0 <= num_free <= num_blocks:
-            raise BrokenInvariant(f"num_free is {num_free} of {num_blocks} blocks")
-        holders = [0] * num_blocks
+        require(0 <= num_free <= num_blocks, f"num_free is {num_free} of {num_blocks} blocks")
+        holders = Counter[int]()
         for row, (table, length) in enumerate(
             zip(self.block_tables.tolist(), self.seq_lens.tolist(), strict=True)
         ):
             used = -(-length // self.block_size)
-            if not 0 <= used <= columns:
-                raise BrokenInvariant(f"row {row}: {length} tokens do not fit {columns} blocks")
-            held = table[:used]
-            if any(block != -1 for block in table[used:]):
-                raise BrokenInvariant(f"row {row}: a block stands after its {length} tokens")
-            if len(set(held)) != used or not all(0 <= block < num_blocks for block in held):
-                raise BrokenInvariant(f"row {row}: blocks {held} are not {used} blocks of the pool")
-            for block in held:
-                holders[block] += 1
-        free = self.free[:num_free].tolist()
-        places = [0] * num_blocks
-        for block in free:
-            places[block] += 1
-        for block, (count, refs) in enumerate(zip(holders, self.ref_counts.tolist(), strict=True)):
-            if refs != count:
-                raise BrokenInvariant(f"block {block}: refcount {refs}, but {count} tables hold it")
-            if places[block] != (count == 0):
-                raise BrokenInvariant(
-                    f"block {block}: {count} tables hold it, and it is free {places[block]} times"
-                )
+            require(0 <= used <= columns, f"row {row}: {length} tokens do not fit {columns} blocks")
+            held, rest = table[:used], table[used:]
+            require(set(rest) <= {-1}, f"row {row}: a block stands after its {length} tokens")
+            is_right = len(set(held)) == used and all(0 <= block < num_blocks for block in held)
+            require(is_right, f"row {row}: blocks {held} are not {used} blocks of the pool")
+            holders.update(held)
+        places = Counter(self.free[:num_free].tolist())
+        for block, refs in enumerate(self.ref_counts.tolist()):
+            count, times = holders[block], places[block]
+            require(refs == count, f"block {block}: refcount {refs}, but {count} tables hold it")
+            what = f"block {block}: {count} tables hold it, and it is free {times} times"
+            require(times == (count == 0), what)

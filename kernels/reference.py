@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvpager.kernels.args import require_lengths, require_starts
+from kvpager.kernels.args import require_lengths, require_starts, short_mask, wrong_length
 from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.quantisation import dequantise, indexable, quantise
 
@@ -121,19 +121,16 @@ def paged_attention(
         return output
     ends, query_lens, longest = _query_lengths(query, rows, args.cu_seqlens_q)
     if mask is not None and mask.shape[2] < longest:
-        raise ValueError(
-            f"mask has {mask.shape[2]} query rows, but a row has {longest} queries; pass them all"
-        )
+        raise short_mask(mask, longest)
     if key_cache.shape[0] == 0:  # no token is visible
         return output
     starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]
+    kv_starts = torch.zeros_like(seq_lens) if args.kv_starts is None else args.kv_starts
     cells = _Cells(
         # Ignore entries past a row's last token.
         block_tables=block_tables.where(starts < seq_lens[:, None], -1),
         seq_lens=seq_lens.long(),
-        kv_starts=torch.zeros_like(seq_lens, dtype=torch.int64)
-        if args.kv_starts is None
-        else args.kv_starts.long().clamp(min=0),
+        kv_starts=kv_starts.long().clamp(min=0),
         query_lens=query_lens,
         longest=longest,
         causal=args.causal,
@@ -142,10 +139,9 @@ def paged_attention(
     )
     tokens_per_row = max(1, min(TILE_TOKENS_PER_ROW, TILE_TOKENS // rows))
     tile = _Tile(
-        key_cache=key_cache,
-        value_cache=value_cache,
-        key_scales=None if scales is None else scales[0],
-        value_scales=None if scales is None else scales[1],
+        key_cache,
+        value_cache,
+        *(scales or (None, None)),
         blocks=max(1, tokens_per_row // key_cache.shape[1]),
         softmax_scale=query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale,
         softcap=args.softcap,
@@ -154,14 +150,13 @@ def paged_attention(
     columns = max(16, TILE_SCORES // (rows * num_query_heads * tokens_per_row))
     for first in range(0, longest, columns):
         last = min(first + columns, longest)
+        part = replace(cells, first=first, last=last)
         index = ends[:, None] - longest + torch.arange(first, last, device=query.device)
         real = index >= (ends - query_lens)[:, None]
-        chosen = _chosen(real.any(1))
-        if chosen is not None:
-            index, real = index[chosen], real[chosen]
-        attended = _attend(
-            tile, replace(cells, first=first, last=last).take(chosen), query[index.clamp(min=0)]
-        )
+        wanted = real.any(1)
+        if not bool(wanted.all()):
+            part, index, real = part.take(wanted.nonzero().squeeze(1)), index[wanted], real[wanted]
+        attended = _attend(tile, part, query[index.clamp(min=0)])
         output[index[real]] = attended[real].to(output.dtype)
     return output
 
@@ -195,26 +190,17 @@ class _Cells:
     first: int = 0
     last: int = 0
 
-    def take(self, rows: Tensor | None) -> _Cells:
-        """Return the cells of `rows`; None for all rows."""
-        if rows is None:
-            return self
-        several = self.mask is not None and self.mask.shape[0] > 1
+    def take(self, rows: Tensor) -> _Cells:
+        """Return the cells of `rows`."""
+        mask = self.mask
         return replace(
             self,
             block_tables=self.block_tables[rows],
             seq_lens=self.seq_lens[rows],
             kv_starts=self.kv_starts[rows],
             query_lens=self.query_lens[rows],
-            mask=self.mask[rows] if several and self.mask is not None else self.mask,
+            mask=mask[rows] if mask is not None and mask.shape[0] > 1 else mask,
         )
-
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """Return the position of every query column, and True for real queries: each [R, Q]."""
-        columns = torch.arange(self.first, self.last, device=self.seq_lens.device)
-        # Columns that pad a row with few queries see no token.
-        real = columns >= self.longest - self.query_lens[:, None]
-        return self.seq_lens[:, None] - self.longest + columns, real
 
     def reach(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the kv range that any query of a row sees, and that all see: each int64 [R]."""
@@ -233,7 +219,10 @@ class _Cells:
     def visible(self, start: int, stop: int) -> Tensor:
         """Return the visibility of kv tokens [start, stop), mask excluded: bool [R, 1, Q, N]."""
         block_size = (stop - start) // max(1, self.block_tables.shape[1])
-        position, real = (tensor[:, :, None] for tensor in self.positions())
+        column = torch.arange(self.first, self.last, device=self.seq_lens.device)[:, None]
+        seq_lens, query_lens = self.seq_lens[:, None, None], self.query_lens[:, None, None]
+        position = seq_lens - self.longest + column
+        real = column >= self.longest - query_lens  # other columns pad rows with fewer queries
         token = torch.arange(start, stop, device=position.device)
         held = (self.block_tables >= 0).repeat_interleave(block_size, 1)
         held &= (token >= self.kv_starts[:, None]) & (token < self.seq_lens[:, None])
@@ -256,11 +245,6 @@ def _query_lengths(
     starts = cu_seqlens_q.long()
     lengths = starts.diff()
     return starts[1:], lengths, int(lengths.max())
-
-
-def _chosen(wanted: Tensor) -> Tensor | None:
-    """Return the indices of `wanted` rows, or None for all rows, which need no copy."""
-    return None if bool(wanted.all()) else wanted.nonzero().squeeze(1)
 
 
 def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
@@ -294,16 +278,14 @@ def _attend(tile: _Tile, cells: _Cells, query: Tensor) -> Tensor:
 
 
 def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, int, int, bool]]:
-    """Yield the tiles that any row needs: rows (None: all), their cells, start and stop tokens, and
+    """Yield rows (None: all), their cells, start and stop tokens of each tile that a row needs, and
     True if a token is hidden from a query."""
     block_size = tile.key_cache.shape[1]
     low, high, full_low, full_high = cells.reach()
     columns = -(-max(0, int(high.max())) // block_size)
     if columns > cells.block_tables.shape[1]:
-        raise ValueError(
-            f"seq_lens reaches {int(high.max())} tokens, but block_tables has room for "
-            f"{cells.block_tables.shape[1] * block_size} per row; pass wider tables"
-        )
+        row = int(high.argmax())
+        raise wrong_length(row, int(high[row]), cells.block_tables.shape[1] * block_size)
     edges = torch.arange(0, columns, tile.blocks, device=low.device) * block_size
     ends = (edges + tile.blocks * block_size).clamp(max=columns * block_size)
     needed = (low < ends[:, None]) & (high > edges[:, None])
@@ -315,7 +297,7 @@ def _tiles(tile: _Tile, cells: _Cells) -> Iterator[tuple[Tensor | None, _Cells, 
         if not some:
             continue
         rows = None if every else needed[index].nonzero().squeeze(1)
-        part = cells.take(rows)
+        part = cells if rows is None else cells.take(rows)
         first = index * tile.blocks
         last = min(first + tile.blocks, columns)
         part = replace(part, block_tables=part.block_tables[:, first:last])

@@ -119,10 +119,10 @@ class Planner:
     def __init__(
         self,
         tiling: Tiling,
-        *,
         causal: bool = True,
         window: int | None = None,
         chunk: int | None = None,
+        *,
         share: bool = True,
         keep: int = 4,
     ) -> None:
@@ -303,14 +303,9 @@ def _segments(
 
 
 def _work(
-    segments: _Segments,
-    order: Ints,
-    num_queries: int,
-    tiling: Tiling,
-    chunk: int | None,
-    *,
+    segments: _Segments, order: Ints, num_queries: int, tiling: Tiling, chunk: int | None, *,
     one_query: bool,
-) -> tuple[WorkPlan, int]:
+) -> tuple[WorkPlan, int]:  # fmt: skip
     """Cut segments into items of about equal length; return the plan and that length."""
     # Kernels have a leaner program for the common case, a single decode row.
     few = 1 if one_query else tiling.few
@@ -320,7 +315,8 @@ def _work(
     # Round down to the start of a block at most: earlier tokens may belong to another segment.
     low = segments.low - segments.low % gcd(tiling.align, tiling.block_size)
     length = np.maximum(segments.high - low, 0)
-    size = chunk if chunk is not None else _balanced_chunk(int((length * tiles).sum()), tiling)
+    share = -(-int((length * tiles).sum()) // tiling.items // tiling.align) * tiling.align
+    size = max(share, tiling.chunk_min) if chunk is None else chunk
     base = low if chunk is None else low - low % size
     pieces = np.maximum(-(-(segments.high - base) // size), 1)
     each = np.full_like(base, size)
@@ -337,22 +333,11 @@ def _work(
     last = segments.open[segment] & (piece == pieces[segment] - 1)
     offset = tile_index * tile[segment]
     count = np.minimum(tile[segment], segments.members[segment] - offset)
-    items = np.stack(
-        (
-            segments.first[segment] + offset,
-            count,
-            segments.row[segment],
-            start,
-            np.where(last, OPEN, np.maximum(stop, start)),
-        ),
-        axis=1,
-    )[longest_first]
+    stop = np.where(last, OPEN, np.maximum(stop, start))
+    first = segments.first[segment] + offset
+    items = np.stack((first, count, segments.row[segment], start, stop), axis=1)[longest_first]
     plan = _with_slots(items, order, num_queries, int(large[segment].sum()), one_query)
     return plan, size
-
-
-def _balanced_chunk(total: int, tiling: Tiling) -> int:
-    return max(-(-total // tiling.items // tiling.align) * tiling.align, tiling.chunk_min)
 
 
 def _with_slots(

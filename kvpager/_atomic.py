@@ -26,7 +26,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from kvpager.errors import KVPagerError
@@ -84,12 +84,7 @@ class Uninterrupted:
         if _get_ident() == _main_ident:
             _signals.hold(self._lock)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if _get_ident() == _main_ident:
             _signals.release()
 
@@ -120,12 +115,7 @@ class Change(Uninterrupted):
         if _get_ident() == _main_ident:
             _signals.hold(self._lock)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._begun:
             if kind is None:
                 self._begun = False

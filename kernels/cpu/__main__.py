@@ -33,10 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     build.add_argument("--rebuild", action="store_true", help="rebuild existing libraries")
     build.set_defaults(run=_build)
-    status = commands.add_parser(
-        "status", help="show which variants are built and which one would run"
-    )
-    status.set_defaults(run=_status)
+    about = "show which variants are built and which one would run"
+    commands.add_parser("status", help=about).set_defaults(run=_status)
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
@@ -49,12 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(chosen: argparse.Namespace) -> None:
     able = compiler.variants()
     if chosen.variant is None:
-        # The variant that a program would use.
-        variant = provider.choose()
+        variant = provider.choose()  # that a program would use
         if variant is None:
-            raise ValueError(
-                f"{provider.VARIABLE}=off: nothing to build. Pass --variant to build one."
-            )
+            off = f"{provider.VARIABLE}=off"
+            raise ValueError(f"{off}: nothing to build. Pass --variant to build one.")
         wanted = [variant]
     elif chosen.variant == "auto":
         wanted = able[:1]
@@ -72,7 +68,9 @@ def _build(chosen: argparse.Namespace) -> None:
 def _status(_: argparse.Namespace) -> None:
     able = compiler.variants()
     for variant in compiler.VARIANTS:
-        said = f"runs here, {_built(variant)}" if variant in able else "not on this CPU"
+        found = _find(variant)
+        built = f"built: {found.path}" if found else "not built"
+        said = f"runs here, {built}" if variant in able else "not on this CPU"
         print(f"{variant.name:12} {said}")
     print(f"in use       {_used()}")
     chosen = os.environ.get(provider.VARIABLE)
@@ -80,11 +78,6 @@ def _status(_: argparse.Namespace) -> None:
         print(f"chosen       {provider.VARIABLE}={chosen}")
     print(f"compiler     {_or_why_not(compiler.find_compiler)}")
     print(f"cache        {_or_why_not(cache.writable_folder)}")
-
-
-def _built(variant: Variant) -> str:
-    found = _find(variant)
-    return f"built: {found.path}" if found else "not built"
 
 
 def _find(variant: Variant) -> Built | None:

@@ -11,28 +11,18 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.args import wrong_length, wrong_start
+from kvpager.kernels.args import short_mask, unknown_block, wrong_length, wrong_start
 from kvpager.kernels.attention_args import AttentionArgs
-from kvpager.kernels.cpu.library import (
-    ATTENTION,
-    TYPES,
-    Library,
-    Problem,
-    address,
-    int32_rows,
-    integers,
-)
+from kvpager.kernels.cpu.library import TYPES, Kernel, Problem, address, int32_rows, integers
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SEQ_LEN, _TABLE_ENTRY, _CU_SEQLENS_Q = 1, 2, 3  # the codes of kernels.cpp; 4: a mask too short
 
 
-class PagedAttention:
+class PagedAttention(Kernel):
     """`paged_attention` of one library; `num_calls` counts the calls that the native kernel ran."""
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
-        self.num_calls = 0
+    num_calls = 0
 
     def __call__(
         self,
@@ -61,7 +51,6 @@ class PagedAttention:
         key_scales, value_scales = scales or (None, None)
         problem = self._library.call(
             "paged_attention",
-            ATTENTION,
             query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), output.data_ptr(),
             address(key_scales), address(value_scales), block_tables.data_ptr(),
             *integers(seq_lens), *integers(kv_starts), *integers(cu_seqlens_q),
@@ -108,13 +97,8 @@ def _error(
     if problem.code == _SEQ_LEN:
         return wrong_length(row, value, block_tables.shape[1] * cache.shape[1])
     if problem.code == _TABLE_ENTRY:
-        return ValueError(
-            f"block_tables[{row}, {column}]={value}: the cache has blocks 0 to "
-            f"{len(cache) - 1}, and -1 is none"
-        )
+        return unknown_block(row, column, value, len(cache))
     if problem.code == _CU_SEQLENS_Q:
         return wrong_start(row, value, len(query))
     assert mask is not None
-    return ValueError(
-        f"mask has {mask.shape[2]} query rows, but a row has {value} queries; pass them all"
-    )
+    return short_mask(mask, value)

@@ -93,8 +93,9 @@ def _folders() -> list[Path]:
         return [_chosen_folder(chosen)]
     folders = [Path(tempfile.gettempdir()) / f"kvpager-{os.getuid()}"]
     with contextlib.suppress(RuntimeError):  # no home folder
-        base = os.environ.get("XDG_CACHE_HOME") or _home_cache()
-        folders.insert(0, Path(base).expanduser() / "kvpager")
+        home_cache = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home_cache)
+        folders.insert(0, base.expanduser() / "kvpager")
     return folders
 
 
@@ -112,10 +113,6 @@ def _chosen_folder(chosen: str) -> Path:
     if fault:
         raise _refusal(f"{folder} {fault}")
     return folder
-
-
-def _home_cache() -> Path:
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
 
 
 def _refusal(faults: str) -> BuildError:

@@ -59,12 +59,9 @@ _AVX2_NEEDS = frozenset({"avx2", "fma", "f16c"})
 _AVX512_NEEDS = _AVX2_NEEDS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 # Best first. The last runs everywhere: SSE2 on x86-64, NEON on 64-bit ARM.
+_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
 VARIANTS = (
-    Variant(
-        "avx512bf16",
-        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
-        _AVX512_NEEDS | {"avx512_bf16", "avx512_vnni"},
-    ),
+    Variant("avx512bf16", _BF16, _AVX512_NEEDS | {"avx512_bf16", "avx512_vnni"}),
     Variant("avx512", _AVX512, _AVX512_NEEDS),
     Variant("avx2", _AVX2, _AVX2_NEEDS),
     Variant("portable", (), frozenset()),
@@ -89,14 +86,11 @@ class Compiler(NamedTuple):
         """Return the compiler's part of a library's name. O(words)."""
         # A new compiler is a new file, and asking for its version takes as long as loading the
         # library. With a wrapper such as ccache, the compiler is one of the words.
-        found = (shutil.which(word) for word in (str(self.program), *self.words))
-        identity = "".join(f"\0{_file_identity(Path(path))}" for path in found if path)
-        return hashlib.sha256(f"{self}{identity}".encode()).hexdigest()[:8]
-
-
-def _file_identity(path: Path) -> str:
-    status = path.stat()
-    return f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        identity = str(self)
+        for path in filter(None, map(shutil.which, (str(self.program), *self.words))):
+            status = os.stat(path)
+            identity += f"\0{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
 # -------------------------------------------------------------------- CPU and compiler
@@ -114,9 +108,8 @@ def cpu_flags() -> frozenset[str]:
     # On other systems torch knows the two most important ones.
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
     known = {"AVX2": _AVX2_NEEDS, "AVX512": _AVX512_NEEDS}
-    return known.get(capability, frozenset())
+    return known.get(torch.backends.cpu.get_cpu_capability(), frozenset())
 
 
 def variants() -> list[Variant]:
@@ -126,13 +119,13 @@ def variants() -> list[Variant]:
 
 def variant_named(name: str) -> Variant:
     """Return the variant `name`. Raises: `ValueError` if unknown or unsupported by this CPU."""
-    for variant in VARIANTS:
-        if variant.name == name:
-            if variant.needs <= cpu_flags():
-                return variant
-            missing = ", ".join(sorted(variant.needs - cpu_flags()))
-            raise ValueError(f"variant {name!r} needs a CPU with {missing}")
-    raise ValueError(f"variant {name!r}: expected one of {listed(v.name for v in VARIANTS)}")
+    known = {variant.name: variant for variant in VARIANTS}
+    if name not in known:
+        raise ValueError(f"variant {name!r}: expected one of {listed(known)}")
+    missing = sorted(known[name].needs - cpu_flags())
+    if missing:
+        raise ValueError(f"variant {name!r} needs a CPU with {', '.join(missing)}")
+    return known[name]
 
 
 def find_compiler() -> Compiler:
@@ -223,7 +216,8 @@ def _build(variant: Variant, *, unless_there: bool = False) -> Built:
     with cache.lock(path):
         # Another process may have built it while this one waited.
         if not (unless_there and cache.is_intact(path)):
-            _say(f"building the CPU kernels ({variant.name}) with {compiler.name}: once, some 10 s")
+            what = f"building the CPU kernels ({variant.name}) with {compiler.name}"
+            print(f"kvpager: {what}: once, some 10 s ...", file=sys.stderr, flush=True)
             _compile_to(path, compiler, variant)
     cache.prune(folder, source_digest())
     return Built(path, variant, f"built with {compiler.name}")
@@ -268,7 +262,3 @@ def _compile(command: list[str]) -> str:
     if done.returncode == 0:
         return ""
     return done.stderr.strip() or f"exit status {done.returncode}"
-
-
-def _say(message: str) -> None:
-    print(f"kvpager: {message} ...", file=sys.stderr, flush=True)

@@ -7,28 +7,16 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
-from kvpager.kernels.args import wrong_length
-from kvpager.kernels.cpu.library import (
-    APPEND,
-    COPY,
-    GATHER,
-    TYPES,
-    Library,
-    address,
-    int32_rows,
-    integers,
-)
+from kvpager.kernels.args import unknown_block, wrong_length
+from kvpager.kernels.cpu.library import TYPES, Kernel, address, int32_rows, integers
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A plain copy uses the element size alone, so its type does not matter.
 _NO_TYPE = TYPES[torch.float32]
 
 
-class AppendKV:
+class AppendKV(Kernel):
     """`append_kv` of one library."""
-
-    def __init__(self, library: Library) -> None:
-        self._library = library
 
     def __call__(
         self,
@@ -44,22 +32,23 @@ class AppendKV:
 
         Raises: `ValueError` for a slot beyond the cache, before writing.
         """
-        if scales is not None and (key_cache.dtype != torch.int8 or key.dtype not in _FLOATS):
+        key_scales, value_scales = scales or (None, None)
+        scale_strides = (0, 0, 0) if key_scales is None else key_scales.stride()
+        # The native kernel takes one set of strides for both scales.
+        if value_scales is not None and not (
+            key_cache.dtype == torch.int8
+            and key.dtype in _FLOATS
+            and value_scales.stride() == scale_strides
+        ):
             reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
             return
         num_blocks, block_size, kv_heads, key_dim = key_cache.shape
         slots = slots.contiguous()
-        key_scales, value_scales = scales or (None, None)
-        scale_strides = (0, 0, 0) if key_scales is None else key_scales.stride()
-        if value_scales is not None and value_scales.stride() != scale_strides:
-            reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
-            return
         # Read once each: for one token, reading strides takes most of the time.
         key_strides, value_strides = key.stride(), value.stride()
         key_cache_strides, value_cache_strides = key_cache.stride(), value_cache.stride()
         problem = self._library.call(
             "append_kv",
-            APPEND,
             key.data_ptr(), value.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(),
             address(key_scales), address(value_scales), *integers(slots),
             TYPES.get(key.dtype, _NO_TYPE), TYPES.get(key_cache.dtype, _NO_TYPE),
@@ -79,11 +68,8 @@ class AppendKV:
             )
 
 
-class GatherKV:
+class GatherKV(Kernel):
     """`gather_kv` of one library."""
-
-    def __init__(self, library: Library) -> None:
-        self._library = library
 
     def __call__(
         self,
@@ -101,14 +87,10 @@ class GatherKV:
         """
         dtype = dtype or cache.dtype
         # The native kernel widens int8. The reference handles other changes of dtype.
-        if (
-            (cache.dtype != torch.int8 or dtype not in _FLOATS)
-            if scales is not None
-            else (cache.dtype != dtype)
-        ):
-            return reference.gather_kv(
-                cache, block_tables, seq_lens, length, scales=scales, dtype=dtype
-            )
+        is_widened = cache.dtype == torch.int8 and dtype in _FLOATS
+        if not (cache.dtype == dtype if scales is None else is_widened):
+            tables = block_tables, seq_lens
+            return reference.gather_kv(cache, *tables, length, scales=scales, dtype=dtype)
         block_tables = int32_rows(block_tables)
         rows, columns = block_tables.shape
         num_blocks, block_size, kv_heads, dim = cache.shape
@@ -116,7 +98,6 @@ class GatherKV:
         output = cache.new_empty(rows, length, kv_heads, dim, dtype=dtype)
         problem = self._library.call(
             "gather_kv",
-            GATHER,
             cache.data_ptr(), output.data_ptr(), address(scales), block_tables.data_ptr(),
             *integers(seq_lens),
             TYPES.get(cache.dtype, _NO_TYPE), TYPES.get(dtype, _NO_TYPE),
@@ -130,18 +111,12 @@ class GatherKV:
             row, column, value = problem.numbers
             if problem.code == 1:
                 raise wrong_length(row, value, columns * block_size)
-            raise ValueError(
-                f"block_tables[{row}, {column}]={value}: "
-                f"the cache has blocks 0 to {num_blocks - 1}, and -1 is none"
-            )
+            raise unknown_block(row, column, value, num_blocks)
         return output
 
 
-class CopyBlocks:
+class CopyBlocks(Kernel):
     """`copy_blocks` of one library."""
-
-    def __init__(self, library: Library) -> None:
-        self._library = library
 
     def __call__(self, storage: Tensor, copies: Tensor) -> None:
         """Compute `reference.copy_blocks`.
@@ -152,7 +127,6 @@ class CopyBlocks:
         size = storage.element_size()
         problem = self._library.call(
             "copy_blocks",
-            COPY,
             storage.data_ptr(), *integers(copies), len(copies), len(storage),
             storage.stride(0) * size, storage[0].numel() * size if len(storage) else 0,
             torch.get_num_threads(),

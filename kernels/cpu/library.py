@@ -16,23 +16,19 @@ from torch import Tensor
 
 from kvpager.kernels.cpu import cache
 
-TYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.bool: 4,
-}
+# The values of `Type` in abi.h.
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool)
+TYPES = {dtype: number for number, dtype in enumerate(_TYPES)}
 
-# The structs of abi.h and copies.h: q is a pointer or int64, d a double, `Integers` two fields.
-ATTENTION = struct.Struct("=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x".replace(" ", ""))
-APPEND = struct.Struct("=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q".replace(" ", ""))
-GATHER = struct.Struct("=4q 2q 4q 4q 4q 3q 3q q q".replace(" ", ""))
-COPY = struct.Struct("=q 2q 5q q".replace(" ", ""))
-
-# Functions of the library: its properties and its kernels.
+# Functions of the library: its properties; its kernels, and the structs of abi.h and copies.h that
+# they take: q is a pointer or int64, d a double, `Integers` two fields.
 _FACTS = ("lanes", "bf16_dots", "threaded")
-_KERNELS = ("paged_attention", "append_kv", "gather_kv", "copy_blocks")
+_KERNELS = {
+    "paged_attention": "=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x",
+    "append_kv": "=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q",
+    "gather_kv": "=4q 2q 4q 4q 4q 3q 3q q q",
+    "copy_blocks": "=q 2q 5q q",
+}
 
 _Numbers = ctypes.c_int64 * 3
 
@@ -58,22 +54,30 @@ class Library:
         self.lanes: int = found["lanes"]()
         self.bf16_dots = bool(found["bf16_dots"]())
         self.threaded = bool(found["threaded"]())
-        self._functions = {name: found[name] for name in _KERNELS}
-        for function in self._functions.values():
-            function.argtypes = [ctypes.c_char_p]
+        self._functions = {}
+        for name, layout in _KERNELS.items():
+            found[name].argtypes = [ctypes.c_char_p]
+            self._functions[name] = found[name], struct.Struct(layout.replace(" ", "")).pack
 
-    def call(self, name: str, layout: struct.Struct, *fields: float) -> Problem | None:
+    def call(self, name: str, *fields: float) -> Problem | None:
         """Run kernel `name` with packed `fields`; return its problem, or None. O(1) overhead.
 
         Appends the address of the problem's numbers to the fields. Raises: `MemoryError`.
         """
-        numbers = _Numbers()
-        code = self._functions[name](layout.pack(*fields, ctypes.addressof(numbers)))
+        numbers, (function, pack) = _Numbers(), self._functions[name]
+        code = function(pack(*fields, ctypes.addressof(numbers)))
         if code == 0:
             return None
         if code == 100:
             raise MemoryError(f"{name}: no memory for its scratch space")
         return Problem(code, (numbers[0], numbers[1], numbers[2]))
+
+
+class Kernel:
+    """An operation of one library."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
 
 
 def address(tensor: Tensor | None) -> int:

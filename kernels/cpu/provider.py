@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-from kvpager.kernels import backends, reference
+from kvpager.kernels import backends
 from kvpager.kernels.cpu import compiler
 from kvpager.kernels.cpu.attention import PagedAttention
 from kvpager.kernels.cpu.cache import BuildError
@@ -21,7 +21,12 @@ logger = logging.getLogger("kvpager")
 
 VARIABLE = "KVPAGER_CPU_KERNELS"
 
-OPERATIONS = ("append_kv", "copy_blocks", "gather_kv", "paged_attention")
+KERNELS: dict[str, type[AppendKV | CopyBlocks | GatherKV | PagedAttention]] = {
+    "append_kv": AppendKV,
+    "copy_blocks": CopyBlocks,
+    "gather_kv": GatherKV,
+    "paged_attention": PagedAttention,
+}
 
 
 def register() -> None:
@@ -30,15 +35,12 @@ def register() -> None:
         library, reason = _load()
     except (BuildError, ValueError, OSError) as error:
         logger.warning("kvpager: no native CPU kernels, torch runs instead: %s", error)
-        _register_reference(str(error))
-        return
+        library, reason = None, str(error)
     if library is None:
-        _register_reference(reason)
+        backends.register_reference(KERNELS, "cpu", reason)
         return
-    backends.register("append_kv", "cpu", AppendKV(library), reason)
-    backends.register("copy_blocks", "cpu", CopyBlocks(library), reason)
-    backends.register("gather_kv", "cpu", GatherKV(library), reason)
-    backends.register("paged_attention", "cpu", PagedAttention(library), reason)
+    for operation, kernel in KERNELS.items():
+        backends.register(operation, "cpu", kernel(library), reason)
 
 
 def choose() -> Variant | None:
@@ -66,8 +68,3 @@ def _load() -> tuple[Library | None, str]:
     library = Library(built.path)
     threads = "" if library.threaded else ", one thread: the compiler has no OpenMP"
     return library, f"{variant.name}, {built.origin}{threads}"
-
-
-def _register_reference(reason: str) -> None:
-    for operation in OPERATIONS:
-        backends.register(operation, "cpu", getattr(reference, operation), reason)

@@ -82,8 +82,6 @@ template <int R> INLINE Words repeat(const void* from) {
 #endif
 }
 
-template <class Vector> INLINE Floats as_floats(Vector bits) { return (Floats)bits; }
-
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 #if defined(__clang__)

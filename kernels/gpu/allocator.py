@@ -11,9 +11,6 @@ order that a GPU might. Its statements have the same order and the [step] number
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -34,17 +31,9 @@ PENDING: tl.constexpr = tl.constexpr(-2)
 
 @triton.jit
 def _settle(
-    slots,
-    seq_lens,
-    ref_counts,
-    failures,
-    lane,
-    row,
-    length,
-    tail,
-    stays,
+    slots, seq_lens, ref_counts, failures, lane, row, length, tail, stays,
     BLOCK_SIZE: tl.constexpr,
-):
+):  # fmt: skip
     """Let rows keep their last block if no other row holds it; refuse the others."""
     # [S1] Volatile: read the current counter, not a cached value.
     holders = tl.load(ref_counts + tail, mask=stays, other=0, volatile=True)
@@ -60,21 +49,10 @@ def _settle(
 
 @triton.jit(do_not_specialize=["num_lanes"], do_not_specialize_on_alignment=["rows"])
 def step_rows(
-    slots,
-    copies,
-    rows,
-    seq_lens,
-    block_tables,
-    ref_counts,
-    free,
-    num_free,
-    failures,
-    num_lanes,
+    slots, copies, rows, seq_lens, block_tables, ref_counts, free, num_free, failures, num_lanes,
     num_columns,
-    BLOCK_SIZE: tl.constexpr,
-    LANES: tl.constexpr,
-    ALONE: tl.constexpr,
-):
+    BLOCK_SIZE: tl.constexpr, LANES: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
     """Allocate one more slot per row, or PENDING if the row may keep its last block."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     exists = lane < num_lanes
@@ -138,17 +116,9 @@ def step_rows(
 
 @triton.jit(do_not_specialize=["num_lanes"], do_not_specialize_on_alignment=["rows"])
 def settle_rows(
-    slots,
-    rows,
-    seq_lens,
-    block_tables,
-    ref_counts,
-    failures,
-    num_lanes,
-    num_columns,
-    BLOCK_SIZE: tl.constexpr,
-    LANES: tl.constexpr,
-):
+    slots, rows, seq_lens, block_tables, ref_counts, failures, num_lanes, num_columns,
+    BLOCK_SIZE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Settle pending slots in a second launch, after all programs of `step_rows`."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     stays = tl.load(slots + lane, mask=lane < num_lanes, other=-1) == PENDING
@@ -160,16 +130,9 @@ def settle_rows(
 
 @triton.jit(do_not_specialize_on_alignment=["sources", "targets"])
 def share_rows(
-    sources,
-    targets,
-    seq_lens,
-    block_tables,
-    ref_counts,
-    failures,
-    num_columns,
-    BLOCK_SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    sources, targets, seq_lens, block_tables, ref_counts, failures, num_columns,
+    BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Copy the source's table to the target and count its references. One pair per program."""
     pair = tl.program_id(0)
     # [F1]
@@ -200,16 +163,9 @@ def share_rows(
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
 def drop_rows(
-    rows,
-    seq_lens,
-    block_tables,
-    ref_counts,
-    free,
-    num_free,
-    num_columns,
-    BLOCK_SIZE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    rows, seq_lens, block_tables, ref_counts, free, num_free, num_columns,
+    BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Drop the references of a row and push blocks without references. One row per program."""
     # [R1]
     row = tl.load(rows + tl.program_id(0)).to(tl.int64)
@@ -249,20 +205,12 @@ def step_alloc(allocator: DeviceAllocator, rows: Tensor) -> tuple[Tensor, Tensor
     grid = (triton.cdiv(num_lanes, lanes),)
     options = {"LANES": lanes, "num_warps": _warps(lanes), **config.COMPILER_OPTIONS}
     tensors, sizes = _tensors(allocator), (num_lanes, allocator.block_tables.shape[1])
-    with _on_device(rows):
+    with config.on_device(rows):
         step_rows[grid](
-            slots,
-            copies,
-            rows,
-            *tensors,
-            allocator.free,
-            allocator.num_free,
-            allocator.failures,
+            slots, copies, rows, *tensors, allocator.free, allocator.num_free, allocator.failures,
             *sizes,
-            BLOCK_SIZE=allocator.block_size,
-            ALONE=alone,
-            **options,
-        )
+            BLOCK_SIZE=allocator.block_size, ALONE=alone, **options,
+        )  # fmt: skip
         if not alone:
             settle_rows[grid](
                 slots,
@@ -280,34 +228,24 @@ def fork_rows(allocator: DeviceAllocator, sources: Tensor, targets: Tensor) -> N
     """Compute `reference_alloc.fork_rows` without waiting for the GPU. O(n * blocks)."""
     if len(sources) == 0:
         return
-    with _on_device(sources):
+    with config.on_device(sources):
         share_rows[(len(sources),)](
-            sources.contiguous(),
-            targets.contiguous(),
-            *_tensors(allocator),
-            allocator.failures,
+            sources.contiguous(), targets.contiguous(), *_tensors(allocator), allocator.failures,
             allocator.block_tables.shape[1],
-            BLOCK_SIZE=allocator.block_size,
-            COLUMNS=COLUMNS,
-            **config.COMPILER_OPTIONS,
-        )
+            BLOCK_SIZE=allocator.block_size, COLUMNS=COLUMNS, **config.COMPILER_OPTIONS,
+        )  # fmt: skip
 
 
 def release_rows(allocator: DeviceAllocator, rows: Tensor) -> None:
     """Compute `reference_alloc.release_rows` without waiting for the GPU. O(n * blocks)."""
     if len(rows) == 0:
         return
-    with _on_device(rows):
+    with config.on_device(rows):
         drop_rows[(len(rows),)](
-            rows.contiguous(),
-            *_tensors(allocator),
-            allocator.free,
-            allocator.num_free,
+            rows.contiguous(), *_tensors(allocator), allocator.free, allocator.num_free,
             allocator.block_tables.shape[1],
-            BLOCK_SIZE=allocator.block_size,
-            COLUMNS=COLUMNS,
-            **config.COMPILER_OPTIONS,
-        )
+            BLOCK_SIZE=allocator.block_size, COLUMNS=COLUMNS, **config.COMPILER_OPTIONS,
+        )  # fmt: skip
 
 
 def _warps(lanes: int) -> int:
@@ -318,7 +256,3 @@ def _warps(lanes: int) -> int:
 def _tensors(allocator: DeviceAllocator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tensors that every kernel takes, in order."""
     return allocator.seq_lens, allocator.block_tables, allocator.ref_counts
-
-
-def _on_device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpager.kernels import reference
+from kvpager.kernels.args import short_mask
 from kvpager.kernels.attention_args import AttentionArgs
 from kvpager.kernels.gpu import config, external
 from kvpager.kernels.gpu.attention_kernels import LOG2E, attend_items, merge_parts
@@ -42,10 +42,7 @@ def paged_attention(
         return reference.paged_attention(*tensors, args, sinks, scales)
     plan = plan_attention(*tensors, args)
     if args.mask is not None and args.mask.shape[2] < plan.longest:
-        raise ValueError(
-            f"mask has {args.mask.shape[2]} query rows, but a row has {plan.longest} queries; "
-            "pass them all"
-        )
+        raise short_mask(args.mask, plan.longest)
     if sinks is None and scales is None:
         by_external = external.attention(*tensors, args, plan)
         if by_external is not None:
@@ -83,64 +80,52 @@ def attend(
     _check_plan(plan, query, key_cache, args)
     block_tables, starts = args.block_tables, args.cu_seqlens_q
     call = AttentionCall(
-        query if query.stride(2) == 1 else query.contiguous(),
-        key_cache,
-        value_cache,
+        query if query.stride(2) == 1 else query.contiguous(), key_cache, value_cache,
         block_tables if block_tables.stride(1) == 1 else block_tables.contiguous(),
         args.seq_lens.contiguous(),
         None if plan.work.one_query or starts is None else starts.contiguous(),
         query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale,
-        args.softcap,
-        None if sinks is None else sinks.contiguous(),
-        args.mask,
-        None if args.kv_starts is None else args.kv_starts.contiguous(),
-        scales,
-    )
+        args.softcap, None if sinks is None else sinks.contiguous(), args.mask,
+        None if args.kv_starts is None else args.kv_starts.contiguous(), scales,
+    )  # fmt: skip
     output = query.new_empty((*query.shape[:2], value_cache.shape[3]))
     if output.numel() == 0:
         return output
     partials = output.new_empty((plan.work.num_slots, *output.shape[1:]), dtype=torch.float32)
     weights = partials.new_empty(partials.shape[:2])
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with config.on_device(query):
         for launch in launches(plan):
-            attend_items[launch.grid](
-                output, partials, weights, **item_arguments(call, plan, launch)
-            )
+            arguments = item_arguments(call, plan, launch)
+            attend_items[launch.grid](output, partials, weights, **arguments)
         if len(plan.work.merged):
             merge_parts[len(plan.work.merged), query.shape[1]](
-                output,
-                partials,
-                weights,
-                call.sinks,
-                plan.merged,
-                plan.merge_starts,
-                H=query.shape[1],
-                **merge_constants(output.shape[2]),
-            )
+                output, partials, weights, call.sinks, plan.merged, plan.merge_starts,
+                H=query.shape[1], **merge_constants(output.shape[2]),
+            )  # fmt: skip
     return output
 
 
 def _check_plan(plan: AttentionPlan, query: Tensor, key_cache: Tensor, args: AttentionArgs) -> None:
     """Raise `ValueError` for a plan of another kind of call. O(1)."""
-    sizes = (len(args.block_tables), len(query))
-    if sizes != (plan.num_rows, plan.num_queries):
+    shapes, rows, queries = plan.shapes, len(args.block_tables), len(query)
+    fix = "make a plan with plan_attention for these"
+    if (rows, queries) != (plan.num_rows, plan.num_queries):
         raise ValueError(
             f"the plan is for {plan.num_rows} rows of {plan.num_queries} queries in all, but the "
-            f"call has {sizes[0]} and {sizes[1]}; make a plan with plan_attention for these "
-            "tensors, whose cu_seqlens_q have to end with the number of queries"
+            f"call has {rows} and {queries}; {fix} tensors, whose cu_seqlens_q have to end with "
+            "the number of queries"
         )
     asked = (key_cache.shape[1], query.shape[1], key_cache.shape[2])
-    shapes = plan.shapes
     planned = (shapes.block_size, shapes.query_heads, shapes.kv_heads)
     if asked != planned:
         raise ValueError(
             f"the plan is for block size, query heads and kv heads {planned}, but the call has "
-            f"{asked}; make a plan with plan_attention for these tensors"
+            f"{asked}; {fix} tensors"
         )
     if (args.causal, args.window) != (shapes.causal, shapes.window):
         raise ValueError(
             f"the plan is for causal={shapes.causal} and window={shapes.window}, but the call has "
-            f"{args.causal} and {args.window}; make a plan with plan_attention for these arguments"
+            f"{args.causal} and {args.window}; {fix} arguments"
         )
     if args.cu_seqlens_q is None and not plan.work.one_query:
         raise ValueError("the plan is for rows of several queries; pass their cu_seqlens_q")
@@ -185,16 +170,13 @@ def launches(plan: AttentionPlan) -> Iterator[Launch]:
 def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> dict[str, Any]:
     """Return the arguments of a launch of `attend_items`, without the tensors it writes."""
     query, key_cache, value_cache = call.query, call.key_cache, call.value_cache
-    mask = call.mask
+    mask, softcap = call.mask, call.softcap
+    key_scales, value_scales = call.scales or (None, None)
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     if call.scales is not None and not config.converts(plan.target, key_cache.dtype):
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
-    scale = (
-        call.softmax_scale * LOG2E.value
-        if call.softcap is None
-        else call.softmax_scale / call.softcap
-    )
+    scale = call.softmax_scale * LOG2E.value if softcap is None else call.softmax_scale / softcap
     return {
         "query": query,
         "key_cache": key_cache,
@@ -208,10 +190,10 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         "kv_starts": call.kv_starts,
         "sinks": call.sinks,
         "mask": mask,
-        "key_scales": None if call.scales is None else call.scales[0],
-        "value_scales": None if call.scales is None else call.scales[1],
+        "key_scales": key_scales,
+        "value_scales": value_scales,
         "scale": scale,
-        "softcap": None if call.softcap is None else call.softcap * LOG2E.value,
+        "softcap": None if softcap is None else softcap * LOG2E.value,
         "window": plan.shapes.window,
         "first_item": launch.first_item,
         "capacity": call.block_tables.shape[1] * key_cache.shape[1],
@@ -221,8 +203,8 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         "block_tables_row": call.block_tables.stride(0),
         **_strides("key", key_cache),
         **_strides("value", value_cache),
-        **_strides("key_scales", call.scales and call.scales[0]),
-        **_strides("value_scales", call.scales and call.scales[1]),
+        **_strides("key_scales", key_scales),
+        **_strides("value_scales", value_scales),
         **_mask_arguments(mask),
         **_constants(plan, launch, query.shape[2], value_cache.shape[3], call.mask),
     }
@@ -273,11 +255,5 @@ def _constants(
 
 
 def merge_constants(value_dim: int) -> dict[str, int]:
-    padded = config.power_of_two(value_dim)
-    return {
-        "DV": value_dim,
-        "DV_PAD": padded,
-        "TILE": config.MERGE_TILE,
-        "num_warps": 4,
-        **config.COMPILER_OPTIONS,
-    }
+    sizes = {"DV": value_dim, "DV_PAD": config.power_of_two(value_dim), "TILE": config.MERGE_TILE}
+    return {**sizes, "num_warps": 4, **config.COMPILER_OPTIONS}

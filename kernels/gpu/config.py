@@ -9,8 +9,9 @@ lines.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -157,6 +158,11 @@ def power_of_two(number: int) -> int:
 def converts(target: Target, dtype: torch.dtype) -> bool:
     """Return True if Triton converts `dtype` on `target`; else kernels shift bits of fp8. O(1)."""
     return dtype != torch.float8_e4m3fn or target.capability >= 89
+
+
+def on_device(tensor: torch.Tensor) -> Any:
+    """Return a context manager that selects the GPU of `tensor`. O(1)."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @lru_cache

@@ -17,9 +17,6 @@ Block ids and token numbers times strides are 64-bit: a pool may have more than 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -63,29 +60,16 @@ def append_kv(
         reference.append_kv(key, value, key_cache, value_cache, slots, scales=scales)
         return
     vectors = _vectors(max(key_dim, value_dim))
-    with _on_device(key_cache):
+    with config.on_device(key_cache):
         append_vectors[(triton.cdiv(tokens * heads, vectors),)](
-            key,
-            value,
-            _numbers(key_cache),
-            _numbers(value_cache),
-            slots.contiguous(),
-            key_scales,
-            value_scales,
-            tokens * heads,
-            *key.stride()[:2],
-            *value.stride()[:2],
-            key_cache.stride(0),
-            value_cache.stride(0),
+            key, value, _numbers(key_cache), _numbers(value_cache), slots.contiguous(),
+            key_scales, value_scales, tokens * heads, *key.stride()[:2], *value.stride()[:2],
+            key_cache.stride(0), value_cache.stride(0),
             0 if key_scales is None else key_scales.stride(0),
             0 if value_scales is None else value_scales.stride(0),
-            BLOCK_SIZE=key_cache.shape[1],
-            HEADS=heads,
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
-            VECTORS=vectors,
-            **config.COMPILER_OPTIONS,
-        )
+            BLOCK_SIZE=key_cache.shape[1], HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+            VECTORS=vectors, **config.COMPILER_OPTIONS,
+        )  # fmt: skip
 
 
 def gather_kv(
@@ -117,24 +101,14 @@ def gather_kv(
     if block_tables.stride(1) != 1:
         block_tables = block_tables.contiguous()
     vectors = _vectors(dim)
-    with _on_device(cache):
+    with config.on_device(cache):
         gather_vectors[(rows * triton.cdiv(length * heads, vectors),)](
-            gathered,
-            _numbers(cache),
-            scales,
-            block_tables,
-            seq_lens.contiguous(),
-            length,
-            columns,
-            cache.stride(0),
-            0 if scales is None else scales.stride(0),
+            gathered, _numbers(cache), scales, block_tables, seq_lens.contiguous(), length,
+            columns, cache.stride(0), 0 if scales is None else scales.stride(0),
             block_tables.stride(0),
-            BLOCK_SIZE=block_size,
-            HEADS=heads,
-            DIM=dim,
-            VECTORS=vectors,
+            BLOCK_SIZE=block_size, HEADS=heads, DIM=dim, VECTORS=vectors,
             **config.COMPILER_OPTIONS,
-        )
+        )  # fmt: skip
     return gathered
 
 
@@ -149,7 +123,7 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
         return
     copies = copies.contiguous()
     units, run, block, vector = _units(storage)
-    with _on_device(storage):
+    with config.on_device(storage):
         # In PTX, reads before a barrier finish before writes after it. AMD's compiler lets loads
         # stay in flight when a wavefront passes the barrier.
         if num_pairs > COPY_PAIRS_MAX or torch.version.hip is not None:
@@ -160,17 +134,10 @@ def copy_blocks(storage: Tensor, copies: Tensor) -> None:
         width = tile_bytes // pairs // units.element_size()
         width = min(width, triton.next_power_of_2(run * vector))
         copy_runs[(triton.cdiv(run * vector, width),)](
-            units,
-            copies,
-            num_pairs,
-            run,
-            block,
-            PAIRS=pairs,
-            WIDTH=width,
-            VECTOR=vector,
-            num_warps=_copy_warps(pairs),
+            units, copies, num_pairs, run, block,
+            PAIRS=pairs, WIDTH=width, VECTOR=vector, num_warps=_copy_warps(pairs),
             **config.COMPILER_OPTIONS,
-        )
+        )  # fmt: skip
 
 
 def _copy_staged(units: Tensor, copies: Tensor, run: int, block: int, vector: int) -> None:
@@ -185,17 +152,9 @@ def _copy_staged(units: Tensor, copies: Tensor, run: int, block: int, vector: in
         grid = (num_pairs * triton.cdiv(part * vector, tile),)
         for write in (False, True):
             stage_runs[grid](
-                units,
-                staging,
-                copies,
-                first,
-                part,
-                block,
-                WRITE=write,
-                WIDTH=tile,
-                VECTOR=vector,
-                **config.COMPILER_OPTIONS,
-            )
+                units, staging, copies, first, part, block,
+                WRITE=write, WIDTH=tile, VECTOR=vector, **config.COMPILER_OPTIONS,
+            )  # fmt: skip
 
 
 def _units(storage: Tensor) -> tuple[Tensor, int, int, int]:
@@ -240,7 +199,3 @@ def _numbers(cache: Tensor) -> Tensor:
 def _copy_warps(pairs: int) -> int:
     """Return the warps of a program of `copy_runs`: at most 128 bytes per thread."""
     return 4 if pairs * COPY_RUN_BYTES <= 128 * 128 else 8
-
-
-def _on_device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -77,28 +77,12 @@ def _store_vectors(x, vectors, scales, kept, inside):
 
 @triton.jit(do_not_specialize=["num_vectors"], do_not_specialize_on_alignment=["slots"])
 def append_vectors(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    slots,
-    key_scales,
-    value_scales,
-    num_vectors,
-    key_token,
-    key_head,
-    value_token,
-    value_head,
-    key_cache_block,
-    value_cache_block,
-    key_scales_block,
+    key, value, key_cache, value_cache, slots, key_scales, value_scales, num_vectors, key_token,
+    key_head, value_token, value_head, key_cache_block, value_cache_block, key_scales_block,
     value_scales_block,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     VECTORS: tl.constexpr,
-):
+):  # fmt: skip
     """Write a tile of vectors of key and value to their tokens' slots."""
     vector = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
     token = (vector // HEADS).to(tl.int64)
@@ -130,21 +114,10 @@ def append_vectors(
     do_not_specialize_on_alignment=["block_tables", "seq_lens"],
 )
 def gather_vectors(
-    gathered,
-    cache,
-    scales,
-    block_tables,
-    seq_lens,
-    length,
-    num_columns,
-    cache_block,
-    scales_block,
-    block_tables_row,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    VECTORS: tl.constexpr,
-):
+    gathered, cache, scales, block_tables, seq_lens, length, num_columns, cache_block,
+    scales_block, block_tables_row,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
     """Read a tile of one row's vectors, zero for missing ones."""
     tiles = tl.cdiv(length * HEADS, VECTORS)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -179,15 +152,9 @@ def gather_vectors(
 
 @triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["copies"])
 def copy_runs(
-    storage,
-    copies,
-    num_pairs,
-    run,
-    block,
-    PAIRS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    storage, copies, num_pairs, run, block,
+    PAIRS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Copy the same WIDTH units of every pair's block: read all of them, then write all.
 
     `run` (size of a block) and `block` (stride between blocks) count groups of VECTOR units, so
@@ -206,16 +173,9 @@ def copy_runs(
 
 @triton.jit(do_not_specialize=["first", "width"], do_not_specialize_on_alignment=["copies"])
 def stage_runs(
-    storage,
-    staging,
-    copies,
-    first,
-    width,
-    block,
-    WRITE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    storage, staging, copies, first, width, block,
+    WRITE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Copy units [first, first + width) of one pair to `staging`, or back if WRITE.
 
     `first`, `width` and `block` count groups of VECTOR units.

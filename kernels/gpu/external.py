@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -48,11 +48,7 @@ def chosen() -> str:
 
 
 def attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    args: AttentionArgs,
-    plan: AttentionPlan,
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, args: AttentionArgs, plan: AttentionPlan
 ) -> Tensor | None:
     """Return the output of an external backend, or None if Triton has to run the call."""
     name = chosen()
@@ -79,9 +75,8 @@ def attention(
 
 def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
     """Return True if all external backends support these dtypes, head dims and strides."""
-    same = query.dtype == key_cache.dtype == value_cache.dtype
     return (
-        same
+        query.dtype == key_cache.dtype == value_cache.dtype
         and query.dtype in (torch.float16, torch.bfloat16)
         and key_cache.shape[3] == value_cache.shape[3]
         and key_cache.shape[3] in (64, 128, 256)
@@ -93,14 +88,10 @@ def _fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
 @lru_cache
 def _backend(name: str) -> Backend | None:
     """Return the adapter of a backend; None unless it is installed with the known parameters."""
+    varlen = ("block_table", "seqused_k", "enable_gqa")
     module, attribute, adapter, parameters = {
         "flash_attn": ("flash_attn", "flash_attn_varlen_func", _by_flash_attn, ("block_table",)),
-        "varlen": (
-            "torch.nn.attention.varlen",
-            "varlen_attn",
-            _by_varlen,
-            ("block_table", "seqused_k", "enable_gqa"),
-        ),
+        "varlen": ("torch.nn.attention.varlen", "varlen_attn", _by_varlen, varlen),
         "flashinfer": ("flashinfer", "BatchPrefillWithPagedKVCacheWrapper", _by_flashinfer, ()),
     }[name]
     try:
@@ -108,39 +99,19 @@ def _backend(name: str) -> Backend | None:
         known = inspect.signature(function).parameters
     except Exception:  # a broken installation must not break attention
         return None
-    if not all(parameter in known for parameter in parameters):
-        return None
-
-    def call(*arguments: Any) -> Tensor:
-        return adapter(function, *arguments)
-
-    return call
+    return partial(adapter, function) if set(parameters) <= set(known) else None
 
 
 def _by_flash_attn(
-    function: Any,
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    starts: Tensor,
-    plan: AttentionPlan,
-    softmax_scale: float,
-) -> Tensor:
+    function: Any, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor,
+    seq_lens: Tensor, starts: Tensor, plan: AttentionPlan, softmax_scale: float,
+) -> Tensor:  # fmt: skip
     ends = torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
     output: Tensor = function(
-        query,
-        key_cache,
-        value_cache,
-        cu_seqlens_q=starts,
-        cu_seqlens_k=ends,
-        max_seqlen_q=plan.longest,
-        max_seqlen_k=_most_tokens(block_tables, key_cache),
-        softmax_scale=softmax_scale,
-        causal=plan.shapes.causal,
-        block_table=block_tables,
-    )
+        query, key_cache, value_cache, cu_seqlens_q=starts, cu_seqlens_k=ends,
+        max_seqlen_q=plan.longest, max_seqlen_k=_most_tokens(block_tables, key_cache),
+        softmax_scale=softmax_scale, causal=plan.shapes.causal, block_table=block_tables,
+    )  # fmt: skip
     return output
 
 
@@ -150,62 +121,35 @@ def _most_tokens(block_tables: Tensor, key_cache: Tensor) -> int:
 
 
 def _by_varlen(
-    function: Any,
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    starts: Tensor,
-    plan: AttentionPlan,
-    softmax_scale: float,
-) -> Tensor:
+    function: Any, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor,
+    seq_lens: Tensor, starts: Tensor, plan: AttentionPlan, softmax_scale: float,
+) -> Tensor:  # fmt: skip
     output: Tensor = function(
-        query,
-        key_cache,
-        value_cache,
-        starts,
-        None,
-        plan.longest,
-        _most_tokens(block_tables, key_cache),
-        scale=softmax_scale,
+        query, key_cache, value_cache, starts, None, plan.longest,
+        _most_tokens(block_tables, key_cache), scale=softmax_scale,
         window_size=(-1, 0) if plan.shapes.causal else (-1, -1),
-        enable_gqa=query.shape[1] != key_cache.shape[2],
-        seqused_k=seq_lens,
+        enable_gqa=query.shape[1] != key_cache.shape[2], seqused_k=seq_lens,
         block_table=block_tables,
-    )
+    )  # fmt: skip
     return output
 
 
 def _by_flashinfer(
-    wrapper_class: Any,
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    starts: Tensor,
-    plan: AttentionPlan,
+    wrapper_class: Any, query: Tensor, key_cache: Tensor, value_cache: Tensor,
+    block_tables: Tensor, seq_lens: Tensor, starts: Tensor, plan: AttentionPlan,
     softmax_scale: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     block_size = key_cache.shape[1]
     pages = (seq_lens + block_size - 1) // block_size
     columns = torch.arange(block_tables.shape[1], device=block_tables.device)
     wrapper = wrapper_class(_workspace(query.device), "NHD")
     wrapper.plan(
-        starts,
-        torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0)),
+        starts, torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0)),
         block_tables[columns < pages[:, None]],
-        torch.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0),
-        query.shape[1],
-        key_cache.shape[2],
-        query.shape[2],
-        block_size,
-        causal=plan.shapes.causal,
-        sm_scale=softmax_scale,
-        q_data_type=query.dtype,
-        kv_data_type=key_cache.dtype,
-    )
+        torch.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0), query.shape[1],
+        key_cache.shape[2], query.shape[2], block_size, causal=plan.shapes.causal,
+        sm_scale=softmax_scale, q_data_type=query.dtype, kv_data_type=key_cache.dtype,
+    )  # fmt: skip
     output: Tensor = wrapper.run(query.contiguous(), (key_cache, value_cache))
     return output
 

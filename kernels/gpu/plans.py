@@ -100,28 +100,16 @@ def _cache_for(shapes: Shapes) -> PlanCache:
 
 
 def shapes_of(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    causal: bool = True,
-    window: int | None = None,
-    chunk: int | None = None,
-    *,
-    share: bool = True,
-) -> Shapes:
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, causal: bool = True,
+    window: int | None = None, chunk: int | None = None, *, share: bool = True,
+) -> Shapes:  # fmt: skip
     """Return the inputs of a call's plan other than tables and lengths. O(1)."""
     return Shapes(
-        device=key_cache.device,
-        query_heads=query.shape[1],
-        kv_heads=key_cache.shape[2],
+        device=key_cache.device, query_heads=query.shape[1], kv_heads=key_cache.shape[2],
         head_dim=config.power_of_two(max(key_cache.shape[3], value_cache.shape[3])),
-        element_bytes=key_cache.element_size(),
-        block_size=key_cache.shape[1],
-        causal=causal,
-        window=window,
-        chunk=chunk,
-        share=share,
-    )
+        element_bytes=key_cache.element_size(), block_size=key_cache.shape[1], causal=causal,
+        window=window, chunk=chunk, share=share,
+    )  # fmt: skip
 
 
 class PlanCache:
@@ -131,26 +119,18 @@ class PlanCache:
         target = target or config.target_of(shapes.device)
         group, splits = config.group_of(shapes.query_heads // shapes.kv_heads)
         small, large = config.tiles_for(target, shapes.element_bytes, shapes.head_dim, group)
+        programs = target.multiprocessors * config.PROGRAMS_PER_MULTIPROCESSOR
         tiling = Tiling(
             block_size=shapes.block_size,
             few=small.lines // group,
             many=large.lines // group,
             align=max(small.tokens, large.tokens),
-            items=max(
-                1,
-                target.multiprocessors
-                * config.PROGRAMS_PER_MULTIPROCESSOR
-                // (shapes.kv_heads * splits),
-            ),
+            items=max(1, programs // (shapes.kv_heads * splits)),
         )
         self._made_for = (shapes, target, group, splits, small, large)
         self._shapes = shapes
         self._planner = Planner(
-            tiling,
-            causal=shapes.causal,
-            window=shapes.window,
-            chunk=shapes.chunk,
-            share=shapes.share,
+            tiling, shapes.causal, shapes.window, shapes.chunk, share=shapes.share
         )
         self._lock = threading.Lock()
         self._seen: tuple[_Same, ...] = ()
@@ -160,28 +140,23 @@ class PlanCache:
     def of(
         self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
     ) -> AttentionPlan:
-        """Plan as `plan_attention`. The lock keeps the last plan and its tensors together."""
-        with self._lock:
-            return self._of(block_tables, seq_lens, cu_seqlens_q)
+        """Plan as `plan_attention`. O(rows * blocks), O(1) for the tensors of the last call."""
+        tensors = (block_tables, seq_lens, cu_seqlens_q)
+        with self._lock:  # keeps the last plan and its tensors together
+            if self._last is not None and all(
+                same.holds(tensor) for same, tensor in zip(self._seen, tensors, strict=True)
+            ):
+                return self._last
+            seen = tuple(_Same(tensor) for tensor in tensors)
+            starts = None if cu_seqlens_q is None else _on_host(cu_seqlens_q)
+            self._last = self._make(_on_host(block_tables), _on_host(seq_lens), starts)
+            self._seen = seen
+            return self._last
 
     def of_host(self, rows: HostRows) -> AttentionPlan:
         """Plan from arrays. O(rows * blocks). Raises: `ValueError` as `plan_attention`."""
         with self._lock:
             return self._make(rows.block_tables, rows.seq_lens, rows.cu_seqlens_q)
-
-    def _of(
-        self, block_tables: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None
-    ) -> AttentionPlan:
-        tensors = (block_tables, seq_lens, cu_seqlens_q)
-        if self._last is not None and all(
-            same.holds(tensor) for same, tensor in zip(self._seen, tensors, strict=True)
-        ):
-            return self._last
-        seen = tuple(_Same(tensor) for tensor in tensors)
-        starts = None if cu_seqlens_q is None else _on_host(cu_seqlens_q)
-        self._last = self._make(_on_host(block_tables), _on_host(seq_lens), starts)
-        self._seen = seen
-        return self._last
 
     def _make(
         self, block_tables: NDArray[np.int32], lens: Ints, starts: Ints | None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from kvpager.kernels import backends, reference, reference_alloc
+from kvpager.kernels import backends
 
-ALLOCATOR = ("step_alloc", "fork_rows", "release_rows")
 DEVICE_TYPE = "cuda"  # also AMD GPUs in torch
 
 
@@ -14,10 +13,7 @@ def register() -> None:
     """Register every operation of this folder. O(1), but imports Triton."""
     if find_spec("triton") is None:
         why = "triton is not installed: pip install 'kvpager[triton]'"
-        for operation in ("append_kv", "copy_blocks", "gather_kv", "paged_attention"):
-            backends.register(operation, DEVICE_TYPE, getattr(reference, operation), why)
-        for operation in ALLOCATOR:
-            backends.register(operation, DEVICE_TYPE, getattr(reference_alloc, operation), why)
+        backends.register_reference(backends.REFERENCE, DEVICE_TYPE, why)
         return
     # Imported late: decorating the kernels needs Triton.
     from kvpager.kernels.gpu import allocator, attention, copies, external
@@ -30,5 +26,5 @@ def register() -> None:
     except ValueError as error:  # calls raise it too; `kvpager env` must not fail
         reason = str(error)
     backends.register("paged_attention", DEVICE_TYPE, attention.paged_attention, reason)
-    for operation in ALLOCATOR:
+    for operation in ("step_alloc", "fork_rows", "release_rows"):
         backends.register(operation, DEVICE_TYPE, getattr(allocator, operation), "Triton")

@@ -68,6 +68,12 @@ class BlockStorage:
 
     Memory is not zeroed. On a CPU, pages never written take no memory (see `memory`). Numbers in
     slots that no query sees, NaNs included, never reach the output of a kernel.
+
+    Attributes:
+        block_size: token slots per block.
+        layers: the layers' shapes, in order.
+        dtype: of keys and values in the maths, and in memory unless `kv_cache_dtype` is set.
+        kv_cache_dtype: the eight-bit format of keys and values; None if they are stored as `dtype`.
     """
 
     def __init__(
@@ -90,29 +96,29 @@ class BlockStorage:
             TypeError: `dtype` is not a floating dtype of at least 16 bits, or `layers` is a single
                 `LayerShape`.
         """
-        self._block_size = arguments.block_size(block_size)
-        self._layers = _layer_shapes(layers)
-        self._dtype, self._kv_cache_dtype = _dtypes(dtype, kv_cache_dtype)
+        self.block_size = arguments.block_size(block_size)
+        self.layers = _layer_shapes(layers)
+        self.dtype, self.kv_cache_dtype = dtype, kv_cache_dtype
+        stored = _stored_dtype(dtype, kv_cache_dtype)
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
         arguments.flag("pinned", pinned)
-        _, run = self._layout(self._layers)
-        stored = dtype if kv_cache_dtype is None else torch.uint8
+        _, run = self._layout(self.layers)
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
             self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
             self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=swaps)
-            self._caches = self._layer_caches(self._layers, self._device_tier)
+            self._caches = self._layer_caches(self.layers, self._device_tier)
         self._pinned = pinned, swaps
         self._order = streams.StreamOrder(self._device_tier)
         self._host_reads = streams.HostReads()
 
     def __repr__(self) -> str:
-        stored = "" if self._kv_cache_dtype is None else f" as {self._kv_cache_dtype}"
+        stored = "" if self.kv_cache_dtype is None else f" as {self.kv_cache_dtype}"
         return (
             f"<BlockStorage: {counted(self.num_blocks, 'block')} of {self.block_bytes} bytes, "
-            f"{counted(len(self._layers), 'layer')} of {self.dtype}{stored} on {self.device}>"
+            f"{counted(len(self.layers), 'layer')} of {self.dtype}{stored} on {self.device}>"
         )
 
     @staticmethod
@@ -124,11 +130,9 @@ class BlockStorage:
         kv_cache_dtype: KVCacheDtype | None = None,
     ) -> int:
         """Return `block_bytes` of a storage with these arguments. O(layers)."""
-        dtype, kv_cache_dtype = _dtypes(dtype, kv_cache_dtype)
-        _, elements = block_layout(
-            arguments.block_size(block_size), _layer_shapes(layers), dtype, kv_cache_dtype
-        )
-        return elements * (dtype if kv_cache_dtype is None else torch.uint8).itemsize
+        stored, shapes = _stored_dtype(dtype, kv_cache_dtype), _layer_shapes(layers)
+        block_size = arguments.block_size(block_size)
+        return block_layout(block_size, shapes, dtype, kv_cache_dtype)[1] * stored.itemsize
 
     @property
     def num_blocks(self) -> int:
@@ -139,26 +143,6 @@ class BlockStorage:
     def num_host_blocks(self) -> int:
         """Blocks in host memory."""
         return self._host_tier.shape[0]
-
-    @property
-    def block_size(self) -> int:
-        """Token slots per block."""
-        return self._block_size
-
-    @property
-    def layers(self) -> tuple[LayerShape, ...]:
-        """The layers' shapes, in order."""
-        return self._layers
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of keys and values in the maths, and in memory unless `kv_cache_dtype` is set."""
-        return self._dtype
-
-    @property
-    def kv_cache_dtype(self) -> KVCacheDtype | None:
-        """The eight-bit format of keys and values; None if they are stored as `dtype`."""
-        return self._kv_cache_dtype
 
     @property
     def device(self) -> torch.device:
@@ -217,8 +201,8 @@ class BlockStorage:
 
         `grow` replaces it: call this again. Raises: `IndexError` for an unknown layer.
         """
-        if not 0 <= index < len(self._layers):
-            raise IndexError(f"layer={index}: expected 0 to {len(self._layers) - 1}")
+        if not 0 <= index < len(self.layers):
+            raise IndexError(f"layer={index}: expected 0 to {len(self.layers) - 1}")
         self._order.enter()
         return self._caches[index]
 
@@ -245,10 +229,8 @@ class BlockStorage:
         Raises: `ValueError` for an unknown block.
         """
         if not isinstance(plan, Plan):
-            kind = type(plan).__name__
-            raise TypeError(
-                f"plan: expected a Plan, got {kind}. For a step, call copy(step.copies)."
-            )
+            fix = "For a step, call copy(step.copies)."
+            raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}. {fix}")
         source, destination = self.tier(plan.source), self.tier(plan.destination)
         if len(plan) == 0:
             return
@@ -306,7 +288,7 @@ class BlockStorage:
         with torch.inference_mode(False):
             other = self._new_device_tier(num_blocks, self._device_tier.shape[1])
             other[:kept].copy_(self._device_tier[:kept])
-            self._replace(self._layers, other, self._host_tier)
+            self._replace(self.layers, other, self._host_tier)
 
     def keep_layers(self, count: int) -> None:
         """Drop all layers but the first `count`, and free their memory. O(nbytes).
@@ -314,23 +296,22 @@ class BlockStorage:
         Views returned earlier still refer to the old tensor. If memory is short, torch raises and
         the storage is unchanged. Raises: `ValueError` unless `1 <= count <= len(layers)`.
         """
-        if not 1 <= count <= len(self._layers):
+        if not 1 <= count <= len(self.layers):
             raise ValueError(
-                f"count={count}: expected 1 to {len(self._layers)}, the number of layers"
+                f"count={count}: expected 1 to {len(self.layers)}, the number of layers"
             )
-        if count == len(self._layers):
+        if count == len(self.layers):
             return
-        _, run = self._layout(self._layers[:count])
+        layers, dtype = self.layers[:count], self._host_tier.dtype
+        _, run = self._layout(layers)
         with torch.inference_mode(False):
             # Layers are in order within a block, so the first layers are its front.
             device_tier = self._new_device_tier(self.num_blocks, run)
             device_tier.copy_(self._device_tier[:, :run])
-            host_tier = allocate(
-                self.num_host_blocks, run, self._host_tier.dtype, "cpu", pinned=self._pinned[1]
-            )
+            host_tier = allocate(self.num_host_blocks, run, dtype, "cpu", pinned=self._pinned[1])
             host_tier.copy_(self._host_tier[:, :run])
             self._host_reads.wait()  # before the old host tier is freed
-            self._replace(self._layers[:count], device_tier, host_tier)
+            self._replace(layers, device_tier, host_tier)
 
     def _new_device_tier(self, num_blocks: int, run: int) -> Tensor:
         """Return new memory like the device tier, for the current stream to fill."""
@@ -343,10 +324,10 @@ class BlockStorage:
         self._order.replace(device)
         # In one statement: an interrupt must not leave views of freed memory.
         state = layers, device, host, caches
-        self._layers, self._device_tier, self._host_tier, self._caches = state
+        self.layers, self._device_tier, self._host_tier, self._caches = state
 
     def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[Part]], int]:
-        return block_layout(self._block_size, layers, self._dtype, self._kv_cache_dtype)
+        return block_layout(self.block_size, layers, self.dtype, self.kv_cache_dtype)
 
     def _layer_caches(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[LayerCaches]:
         layout, _ = self._layout(layers)
@@ -378,10 +359,8 @@ def _check_copies(copies: Int32, num_sources: int, num_destinations: int, lowest
             )
 
 
-def _dtypes(
-    dtype: torch.dtype, kv_cache_dtype: KVCacheDtype | None
-) -> tuple[torch.dtype, KVCacheDtype | None]:
-    """Return both dtypes after checking them."""
+def _stored_dtype(dtype: torch.dtype, kv_cache_dtype: KVCacheDtype | None) -> torch.dtype:
+    """Check both dtypes; return that of the tiers."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r}: expected a torch.dtype, such as torch.float32")
     if not dtype.is_floating_point:
@@ -394,7 +373,7 @@ def _dtypes(
         raise ValueError(
             f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {listed(KV_CACHE_DTYPES)} or None"
         )
-    return dtype, kv_cache_dtype
+    return dtype if kv_cache_dtype is None else torch.uint8
 
 
 def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[LayerShape, ...]:
@@ -406,11 +385,9 @@ def _layer_shapes(layers: Sequence[LayerShape | tuple[int, int, int]]) -> tuple[
             )
         if len(layer) != len(LayerShape._fields):
             raise ValueError(f"layers[{index}]={layer!r}: expected {LayerShape._fields}")
-        sizes = (
+        for name, size in zip(LayerShape._fields, layer, strict=True):
             arguments.count(f"layers[{index}].{name}", size, at_least=1)
-            for name, size in zip(LayerShape._fields, layer, strict=True)
-        )
-        shapes.append(LayerShape(*sizes))
+        shapes.append(LayerShape(*map(int, layer)))
     if not shapes:
         raise ValueError("layers: expected at least one. Pass a LayerShape for every layer.")
     return tuple(shapes)

@@ -248,7 +248,7 @@ def test_empty_calls_pass() -> None:
 
 def test_without_debug_mode_no_value_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debug, "enabled", lambda: False)
-    names = ("rows", "queries", "kv_starts", "slots", "copies", "host_rows")
+    names = ("attention", "rows", "slots", "copies")
     for name in (f"check_{name}" for name in names):
         monkeypatch.setattr(debug, name, lambda *_: pytest.fail("a value was looked at"))
     case = CASES["prefill"]

@@ -262,7 +262,7 @@ def test_every_source_is_packaged() -> None:
 
 
 def test_the_provider_registers_every_operation() -> None:
-    assert set(provider.OPERATIONS) == OPERATIONS
+    assert set(provider.KERNELS) == OPERATIONS
 
 
 def test_one_layer_shape_in_place_of_a_list_is_refused() -> None:
