@@ -16,7 +16,6 @@ from torch import Tensor, dtype, int32, int64
 from kvpager.kernels.quantisation import SCALE_DTYPE, is_quantised
 
 INTEGERS = (int32, int64)
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -165,48 +164,6 @@ def require_starts(cu_seqlens_q: Tensor, tokens: int) -> None:
         last = start
     if last != tokens:
         raise wrong_start(len(cu_seqlens_q) - 1, last, tokens)
-
-
-def require_caches(
-    key_cache: Tensor, value_cache: Tensor, scales: tuple[Tensor, Tensor] | None
-) -> None:
-    """Check a layer's caches, and their scales, against each other. O(1)."""
-    shape = "[blocks, block_size, kv_heads, head_dim]"
-    require_dims("key_cache", key_cache, shape, 4)
-    require_dims("value_cache", value_cache, shape, 4)
-    cache_shape = (*key_cache.shape[:3], value_cache.shape[3])
-    require_shape("value_cache", value_cache, cache_shape, "key_cache's blocks and heads")
-    require_same("value_cache", value_cache, "key_cache", key_cache)
-    require_contiguous_rows(key_cache=key_cache, value_cache=value_cache)
-    if scales is not None and not (
-        isinstance(scales, tuple | list)
-        and len(scales) == 2
-        and all(isinstance(each, Tensor) for each in scales)
-    ):
-        kind = type(scales).__name__
-        raise TypeError(
-            f"scales: expected (key_scales, value_scales), got a {kind}. Pass storage.scales(i)."
-        )
-    key_scales, value_scales = (None, None) if scales is None else scales
-    require_scales("key_cache", key_cache, "key_scales", key_scales)
-    require_scales("value_cache", value_cache, "value_scales", value_scales)
-    require_device(key_cache, value_cache=value_cache)
-
-
-def are_plain(key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Return True if two caches match and need no scales; False needs a full check. O(1)."""
-    if not (isinstance(key_cache, Tensor) and isinstance(value_cache, Tensor)):
-        return False
-    keys, values, of = key_cache.shape, value_cache.shape, key_cache.dtype
-    # Single numbers, because a slice of a shape takes longer than all other comparisons here.
-    return (
-        len(keys) == len(values) == 4
-        and (keys[0], keys[1], keys[2]) == (values[0], values[1], values[2])
-        and of is value_cache.dtype
-        and of in _PLAIN
-        and key_cache.stride()[3] == value_cache.stride()[3] == 1
-        and key_cache.device == value_cache.device
-    )
 
 
 def require_scales(cache_name: str, cache: Tensor, name: str, scales: Tensor | None) -> None:

@@ -106,14 +106,8 @@ class Planner:
 
     Args:
         causal, window: options of the attention.
-        chunk: fixed number of kv tokens per item, a multiple of `tiling.align`. Rows then share no
-            prefix, and the summation order of a row depends on its own length alone (batch
-            invariance; He et al. 2025, "Defeating nondeterminism in LLM inference"). With a
-            `window` it also depends on the row's length when its plan was made.
         share: read shared prefixes once. False reads every row by itself.
         keep: number of cached plans, for callers that take turns.
-
-    Raises: `ValueError` if `chunk` is not a positive multiple of `tiling.align`.
     """
 
     def __init__(
@@ -121,20 +115,14 @@ class Planner:
         tiling: Tiling,
         causal: bool = True,
         window: int | None = None,
-        chunk: int | None = None,
         *,
         share: bool = True,
         keep: int = 4,
     ) -> None:
-        if chunk is not None and (chunk < 1 or chunk % tiling.align):
-            raise ValueError(
-                f"chunk={chunk}: expected a positive multiple of {tiling.align} kv tokens"
-            )
         self._tiling = tiling
         self._causal = causal
         self._window = window
-        self._chunk = chunk
-        self._share = share and chunk is None
+        self._share = share
         self._keep = keep
         self._known: list[_Known] = []
 
@@ -212,20 +200,16 @@ class Planner:
         if self._share and len(lens) > 1 and width:
             order, common = _common_prefixes(cropped, covered)
         segments, depths = _segments(order, common, lows, lens, self._tiling.block_size)
-        plan, size = _work(segments, order, len(lens), self._tiling, self._chunk, one_query=True)
+        plan, size = _work(segments, order, len(lens), self._tiling, one_query=True)
         shared = np.zeros_like(depths)
         shared[order] = depths
         last_starts = np.zeros_like(lens)
         open_items = plan.items[plan.items[:, 4] == OPEN]
         last_starts[plan.members[open_items[:, 0]]] = open_items[:, 3]
-        # A last item may grow to twice its share before a new plan pays off. A fixed chunk may not.
-        limits = last_starts + 2 * size
-        if self._chunk is not None:
-            limits = last_starts - last_starts % size + size
-        limits = np.maximum(limits, lens)
-        return _Known(
-            plan, cropped, lens, None, covered, covered & (columns < shared[:, None]), limits
-        )
+        # A last item may grow to twice its share before a new plan pays off.
+        limits = np.maximum(last_starts + 2 * size, lens)
+        shared_blocks = covered & (columns < shared[:, None])
+        return _Known(plan, cropped, lens, None, covered, shared_blocks, limits)
 
     def _many(self, block_tables: NDArray[np.int32], lens: Ints, starts: Ints) -> _Known:
         tiling = self._tiling
@@ -240,7 +224,7 @@ class Planner:
         high = np.maximum(oldest + count if self._causal else lens[row], low)
         segments = _Segments(first, count, row, low, high, np.zeros(len(row), np.bool_))
         order = np.arange(int(starts[-1]))
-        plan, _ = _work(segments, order, len(order), tiling, self._chunk, one_query=False)
+        plan, _ = _work(segments, order, len(order), tiling, one_query=False)
         plan = _with_holes(plan, block_tables, tiling.block_size, lens)
         nothing = np.zeros((0, 0), np.bool_)
         return _Known(plan, block_tables.copy(), lens, starts, nothing, nothing, lens)
@@ -303,9 +287,8 @@ def _segments(
 
 
 def _work(
-    segments: _Segments, order: Ints, num_queries: int, tiling: Tiling, chunk: int | None, *,
-    one_query: bool,
-) -> tuple[WorkPlan, int]:  # fmt: skip
+    segments: _Segments, order: Ints, num_queries: int, tiling: Tiling, *, one_query: bool
+) -> tuple[WorkPlan, int]:
     """Cut segments into items of about equal length; return the plan and that length."""
     # Kernels have a leaner program for the common case, a single decode row.
     few = 1 if one_query else tiling.few
@@ -316,19 +299,15 @@ def _work(
     low = segments.low - segments.low % gcd(tiling.align, tiling.block_size)
     length = np.maximum(segments.high - low, 0)
     share = -(-int((length * tiles).sum()) // tiling.items // tiling.align) * tiling.align
-    size = max(share, tiling.chunk_min) if chunk is None else chunk
-    base = low if chunk is None else low - low % size
-    pieces = np.maximum(-(-(segments.high - base) // size), 1)
-    each = np.full_like(base, size)
-    if chunk is None:
-        each = -(-length // pieces // tiling.align) * tiling.align
-        each = np.maximum(each, tiling.align)
-        pieces = np.maximum(-(-length // each), 1)
+    size = max(share, tiling.chunk_min)
+    pieces = np.maximum(-(-length // size), 1)
+    each = np.maximum(-(-length // pieces // tiling.align) * tiling.align, tiling.align)
+    pieces = np.maximum(-(-length // each), 1)
     # Tiles of one piece are neighbours, so they read the same tokens at about the same time.
     segment, index = _ragged(pieces * tiles)
     piece, tile_index = index // tiles[segment], index % tiles[segment]
-    start = np.maximum(base[segment] + piece * each[segment], low[segment])
-    stop = np.minimum(base[segment] + (piece + 1) * each[segment], segments.high[segment])
+    start = low[segment] + piece * each[segment]
+    stop = np.minimum(start + each[segment], segments.high[segment])
     longest_first = np.lexsort((start - stop, ~large[segment]))
     last = segments.open[segment] & (piece == pieces[segment] - 1)
     offset = tile_index * tile[segment]

@@ -27,12 +27,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from kvpager.errors import KVPagerError
 
 Handler = Callable[[int, FrameType | None], object]
-_Object = TypeVar("_Object", bound="Guarded")
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -199,27 +198,17 @@ class Deferral:
                 _signals.deliver()
 
 
-class Guarded(Protocol):
-    """An object whose methods are `whole`."""
+def whole(method: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Make a method of several changes atomic against signals: handlers run after it.
 
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """The lock around each method. O(1)."""
-
-    @property
-    def uninterrupted(self) -> Uninterrupted:
-        """The section of each method, with this lock. O(1)."""
-
-
-def whole(
-    method: Callable[Concatenate[_Object, _Arguments], _Result],
-) -> Callable[Concatenate[_Object, _Arguments], _Result]:
-    """Make a method of several changes atomic against signals: handlers run after it."""
+    Its object has a `lock`, and the section `uninterrupted` with this lock.
+    """
 
     @functools.wraps(method)
-    def call(self: _Object, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with self.lock, self.uninterrupted:
-            return method(self, *args, **kwargs)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        owner: Any = args[0]
+        with owner.lock, owner.uninterrupted:
+            return method(*args, **kwargs)
 
     return call
 

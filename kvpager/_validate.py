@@ -85,12 +85,11 @@ def seconds(name: str, value: float, *, is_limit: bool = False) -> float:
     """Return a duration in seconds, from 0 to `SECONDS_MAX`; above 0 for a limit."""
     if not (is_int(value) or isinstance(value, float | np.floating)):
         raise TypeError(f"{name}={shown(value)}: expected seconds, got {type(value).__name__}")
-    if is_limit and not 0 < value <= SECONDS_MAX:
-        limits = f"more than 0 seconds, at most {SECONDS_MAX:,}, or None"
+    if not 0 <= value <= SECONDS_MAX or (is_limit and value == 0):
+        limits = f"seconds, at least 0 and at most {SECONDS_MAX:,}"
+        if is_limit:
+            limits = f"more than 0 seconds, at most {SECONDS_MAX:,}, or None"
         raise ValueError(f"{name}={shown(value)}: expected {limits}")
-    if not 0 <= value <= SECONDS_MAX:
-        limits = f"at least 0 and at most {SECONDS_MAX:,}"
-        raise ValueError(f"{name}={shown(value)}: expected seconds, {limits}")
     return float(value)
 
 
@@ -134,13 +133,10 @@ def label(name: str, value: str | None) -> None:
     Otherwise 1, 1.0 and True would be the same tenant, and all tenants with an empty, missing name
     would share prompts.
     """
-    if value is None:
-        return
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{name}={shown(value)}: expected a str or None, got {type(value).__name__}"
-        )
-    if not value:
+    if value is not None and not isinstance(value, str):
+        kind = type(value).__name__
+        raise TypeError(f"{name}={shown(value)}: expected a str or None, got {kind}")
+    if value == "":
         raise ValueError(f'{name}="": expected at least one character. Pass None for no {name}.')
 
 

@@ -20,6 +20,14 @@ struct Integers {
     }
 };
 
+// Notes the place and the value of an error for Python; returns its code.
+inline int failed(int64_t* problem, int code, int64_t row, int64_t column, int64_t value) {
+    problem[0] = row;
+    problem[1] = column;
+    problem[2] = value;
+    return code;
+}
+
 struct AttentionArguments {
     const void *query, *key, *value;
     void* output;

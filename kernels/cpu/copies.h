@@ -115,18 +115,11 @@ inline void append_tokens(const AppendArguments& a, int64_t first, int64_t last)
 inline int append(const AppendArguments& a) {
     for (int64_t token = 0; token < a.tokens; token++) {
         int64_t slot = a.slots.at(token);
-        if (slot < a.num_blocks * a.block_size) continue;
-        a.problem[0] = token;
-        a.problem[1] = slot;
-        return 1;
+        if (slot >= a.num_blocks * a.block_size) return failed(a.problem, 1, token, 0, slot);
     }
     int64_t bytes = a.tokens * a.kv_heads * (a.dim[0] + a.dim[1]) * a.element_size;
     int parts = threads_for(bytes, a.threads);
-    if (parts == 1) {
-        append_tokens(a, 0, a.tokens);
-        return 0;
-    }
-#pragma omp parallel for num_threads(parts) schedule(static)
+#pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
     for (int part = 0; part < parts; part++)
         append_tokens(a, a.tokens * part / parts, a.tokens * (part + 1) / parts);
     return 0;
@@ -188,20 +181,13 @@ inline int gather(const GatherArguments& a) {
     // Columns are right-aligned: the last column is the row's newest token.
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t seq_len = a.seq_lens.at(row);
-        if (seq_len < 0 || seq_len > a.table_columns * a.block_size) {
-            a.problem[0] = row;
-            a.problem[2] = seq_len;
-            return 1;
-        }
+        if (seq_len < 0 || seq_len > a.table_columns * a.block_size)
+            return failed(a.problem, 1, row, 0, seq_len);
         int64_t first = std::max<int64_t>(0, seq_len - a.length) / a.block_size;
         int64_t last = std::min((seq_len + a.block_size - 1) / a.block_size, a.table_columns);
         for (int64_t column = first; column < last; column++) {
             int64_t block = a.block_tables[row * a.table_stride + column];
-            if (block < a.num_blocks) continue;
-            a.problem[0] = row;
-            a.problem[1] = column;
-            a.problem[2] = block;
-            return 2;
+            if (block >= a.num_blocks) return failed(a.problem, 2, row, column, block);
         }
     }
     int64_t token_bytes = a.kv_heads * a.dim * a.output_size;
@@ -248,11 +234,8 @@ inline int copy(const CopyArguments& a) {
     for (int64_t i = 0; i < a.count; i++) {
         int64_t source = a.pairs.at(2 * i), destination = a.pairs.at(2 * i + 1);
         if (source < 0 || destination < 0) continue;
-        if (std::max(source, destination) >= a.num_blocks) {
-            a.problem[0] = i;
-            a.problem[2] = std::max(source, destination);
-            return 1;
-        }
+        int64_t largest = std::max(source, destination);
+        if (largest >= a.num_blocks) return failed(a.problem, 1, i, 0, largest);
         kept.push_back({source, destination});
     }
     // Save blocks that are both read and written: all reads come before all writes.

@@ -62,7 +62,7 @@ class AppendKV(Kernel):
             *scale_strides,
         )  # fmt: skip
         if problem is not None:
-            token, slot, _ = problem.numbers
+            token, _, slot = problem.numbers
             raise ValueError(
                 f"slots[{token}]={slot}: the cache has slots 0 to {num_blocks * block_size - 1}"
             )

@@ -16,10 +16,7 @@ constexpr auto INT8_ARITHMETIC = HAS_INT16_DOT ? attention::IN_INT16 : attention
 
 int checked(const AttentionArguments& a) {
     auto wrong = [&](int code, int64_t row, int64_t column, int64_t value) {
-        a.problem[0] = row;
-        a.problem[1] = column;
-        a.problem[2] = value;
-        return code;
+        return failed(a.problem, code, row, column, value);
     };
     if (a.cu_seqlens_q.data && a.first_query(0) != 0)
         return wrong(CU_SEQLENS_Q, 0, 0, a.first_query(0));

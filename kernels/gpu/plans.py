@@ -34,7 +34,6 @@ class Shapes(NamedTuple):
     block_size: int
     causal: bool
     window: int | None
-    chunk: int | None
     share: bool
 
 
@@ -69,13 +68,12 @@ def plan_attention(
     value_cache: Tensor,
     args: AttentionArgs,
     *,
-    chunk: int | None = None,
     share: bool = True,
 ) -> AttentionPlan:
     """Return the plan of an attention call for `attend`. O(rows * blocks), O(1) if unchanged.
 
     Takes the arguments of `kvpager.ops.attend`. Of `query` and the caches it uses shapes, dtypes
-    and the device. `chunk` and `share` are options of `Planner`. Planning needs tables and lengths
+    and the device. `share` is an option of `Planner`. Planning needs tables and lengths
     on the host. With `args.host_rows` the first layer of a shape plans, other layers reuse the
     plan, and no call waits for the GPU. Without it, this call waits for the stream, unless the
     tensors are those of the previous call, unmodified by torch operations. If other kernels write
@@ -84,7 +82,7 @@ def plan_attention(
     Raises: `ValueError` if `seq_lens` exceeds the tables.
     """
     tensors = (query, key_cache, value_cache)
-    shapes = shapes_of(*tensors, args.causal, args.window, chunk, share=share)
+    shapes = shapes_of(*tensors, args.causal, args.window, share=share)
     if args.host_rows is not None:
         return args.host_rows.plan(shapes, lambda rows: _cache_for(shapes).of_host(rows))
     return _cache_for(shapes).of(args.block_tables, args.seq_lens, args.cu_seqlens_q)
@@ -101,14 +99,14 @@ def _cache_for(shapes: Shapes) -> PlanCache:
 
 def shapes_of(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, causal: bool = True,
-    window: int | None = None, chunk: int | None = None, *, share: bool = True,
+    window: int | None = None, *, share: bool = True,
 ) -> Shapes:  # fmt: skip
     """Return the inputs of a call's plan other than tables and lengths. O(1)."""
     return Shapes(
         device=key_cache.device, query_heads=query.shape[1], kv_heads=key_cache.shape[2],
         head_dim=config.power_of_two(max(key_cache.shape[3], value_cache.shape[3])),
         element_bytes=key_cache.element_size(), block_size=key_cache.shape[1], causal=causal,
-        window=window, chunk=chunk, share=share,
+        window=window, share=share,
     )  # fmt: skip
 
 
@@ -129,9 +127,7 @@ class PlanCache:
         )
         self._made_for = (shapes, target, group, splits, small, large)
         self._shapes = shapes
-        self._planner = Planner(
-            tiling, shapes.causal, shapes.window, shapes.chunk, share=shapes.share
-        )
+        self._planner = Planner(tiling, shapes.causal, shapes.window, share=shapes.share)
         self._lock = threading.Lock()
         self._seen: tuple[_Same, ...] = ()
         self._last: AttentionPlan | None = None

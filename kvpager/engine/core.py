@@ -55,10 +55,6 @@ def _close_all() -> None:
 _WAIT_S_MAX = 0.05
 
 
-def _nothing() -> None:
-    pass
-
-
 class EngineCore:
     """Runs a scheduler, a runner and a sampler on a thread of its own.
 
@@ -93,8 +89,8 @@ class EngineCore:
         watch: ModelWatch | None = None,
         tiering: Tiering | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
-        on_begin: Callable[[], None] = _nothing,
-        on_end: Callable[[], None] = _nothing,
+        on_begin: Callable[[], object] = lambda: None,
+        on_end: Callable[[], object] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner

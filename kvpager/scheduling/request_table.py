@@ -37,16 +37,15 @@ class RequestTable:
         self.max_num_seqs = max_num_seqs
         self.generation = 0
         self.version = 0
-        self._deadlines: list[tuple[float, int, Hashable]] = []
-        self._ended: list[tuple[Hashable, Reason]] = []
-        self._unreported: set[Hashable] = set()  # ids in `_ended`
+        self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap; may hold ended ones
+        self._ended: dict[Hashable, Reason] = {}  # not reported yet
         self._num_submitted = 0
 
     # ---------------------------------------------------------------- reading
 
     def is_known(self, request_id: Hashable) -> bool:
         """Return True if a request with this id is live or its end is not reported yet. O(1)."""
-        return request_id in self.live or request_id in self._unreported
+        return request_id in self.live or request_id in self._ended
 
     def has_room_for(self, state: RequestState) -> bool:
         """Return True if all `n` sequences of a request may run now. O(1)."""
@@ -55,7 +54,7 @@ class RequestTable:
     @property
     def has_ended(self) -> bool:
         """True if requests or sequences ended since the last plan. O(1)."""
-        return bool(self._ended) or self.sequences.has_ended
+        return bool(self._ended or self.sequences.ended)
 
     def count_seqs(self) -> int:
         """Return the number of sequences of the running requests. O(running)."""
@@ -71,7 +70,7 @@ class RequestTable:
         self.policy.enter(state)
         self.policy.push(state)
         if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, state.arrival, request.request_id))
+            heappush(self._deadlines, (request.deadline, state.arrival, state))
 
     def end(self, state: RequestState, reason: Reason) -> None:
         """Remove a request whose blocks were freed. O(sequences + waiting)."""
@@ -87,26 +86,27 @@ class RequestTable:
         self.policy.leave(state)
         del self.live[state.request_id]
         if len(self._deadlines) > 2 * len(self.live) + 64:  # most are of ended requests
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self.live]
+            self._deadlines = [entry for entry in self._deadlines if self.is_live(entry[2])]
             heapify(self._deadlines)
-        self._ended.append((state.request_id, reason))
-        self._unreported.add(state.request_id)
+        self._ended[state.request_id] = reason
 
     def take_expired(self, now: float) -> list[RequestState]:
         """Return the live requests whose deadline has passed. O(log requests) each."""
         expired = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, arrival, request_id = heappop(self._deadlines)
-            state = self.live.get(request_id)
-            if state is not None and state.arrival == arrival:
+            state = heappop(self._deadlines)[2]
+            if self.is_live(state):
                 expired.append(state)
         return expired
 
+    def is_live(self, state: RequestState) -> bool:
+        """Return True unless the request has ended. O(1)."""
+        return self.live.get(state.request_id) is state
+
     def take_ended(self) -> list[tuple[Hashable, Reason]]:
         """Return the requests that ended since the last call, each with its reason. O(1)."""
-        ended = self._ended
-        self._ended, self._unreported = [], set()
-        return ended
+        ended, self._ended = self._ended, {}
+        return [*ended.items()]
 
     # ---------------------------------------------------------------- change of place
 

@@ -314,8 +314,7 @@ class Scheduler:
                 if state is not None:
                     self._placement.end(state, Reason.FAILED)
             for state in builder.swapped:
-                is_live = self._table.live.get(state.request_id) is state
-                if is_live and state.status is not Status.DROPPED:
+                if self._table.is_live(state) and state.status is not Status.DROPPED:
                     self._placement.drop(state)
             self._end_stopped()
             return request_ids

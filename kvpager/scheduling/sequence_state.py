@@ -41,7 +41,7 @@ class SequenceState:
         self.handles: list[SequenceHandle | None] = []
         self.owners: list[RequestState | None] = []
         self._free: list[int] = []
-        self._ended: list[int] = []
+        self.ended: list[int] = []  # since the last `report`
         self._reported: list[int] = []
 
     # ---------------------------------------------------------------- add and end
@@ -90,7 +90,7 @@ class SequenceState:
         """End a sequence. Amortised O(1)."""
         self.history.release(seq_id)
         self.owners[seq_id] = self.handles[seq_id] = None
-        self._ended.append(seq_id)
+        self.ended.append(seq_id)
 
     def recycle(self) -> None:
         """Allow the ids that `report` returned to be reused. O(ids)."""
@@ -99,15 +99,10 @@ class SequenceState:
 
     def report(self) -> Int32:
         """Return the ids of sequences that ended since the last call. O(ids)."""
-        ended = np.array(self._ended, np.int32)
-        self._reported.extend(self._ended)
-        self._ended.clear()
+        ended = np.array(self.ended, np.int32)
+        self._reported.extend(self.ended)
+        self.ended.clear()
         return ended
-
-    @property
-    def has_ended(self) -> bool:
-        """True if sequences ended since the last `report`. O(1)."""
-        return bool(self._ended)
 
     # ---------------------------------------------------------------- blocks
 
@@ -195,7 +190,7 @@ class SequenceState:
     def check(self, states: Iterable[RequestState]) -> None:
         """Raise `BrokenInvariant` unless each id is free or of one live request. O(ids)."""
         mine = [(seq_id, state) for state in states for seq_id in state.seq_ids]
-        away = [*self._free, *self._ended, *self._reported]
+        away = [*self._free, *self.ended, *self._reported]
         if sorted([seq_id for seq_id, _ in mine] + away) != list(range(len(self.owners))):
             raise BrokenInvariant("sequences: an id is lost or listed twice")
         if any(self.owners[seq_id] is not state for seq_id, state in mine):

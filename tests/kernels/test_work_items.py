@@ -86,14 +86,11 @@ def test_long_items_come_first() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 6])
-@pytest.mark.parametrize("chunk", [None, 8])
-def test_rows_with_several_queries_are_covered(
-    causal: bool, window: int | None, chunk: int | None
-) -> None:
+def test_rows_with_several_queries_are_covered(causal: bool, window: int | None) -> None:
     query_counts = [5, 1, 0, 9, 3]
     seq_lens = [40, 7, 12, 9, 1]  # the last row has more queries than tokens
     tables = tables_of([list(range(20 * row, 20 * row + 10)) for row in range(5)])
-    planner = Planner(TILING, causal=causal, window=window, chunk=chunk)
+    planner = Planner(TILING, causal=causal, window=window)
     starts = np.cumsum([0, *query_counts])
     plan = planner.plan(tables, np.array(seq_lens), starts)
     require_cover(plan, tables, seq_lens, query_counts, causal=causal, window=window)
@@ -122,36 +119,6 @@ def test_a_missing_block_counts_only_where_a_query_may_look(
     tables[0, hole] = -1
     plan = Planner(TILING, window=window).plan(tables, np.array([seq_len]), np.array([0, 3]))
     assert plan.holes == holes
-
-
-def test_a_fixed_chunk_sums_a_row_independently_of_others() -> None:
-    prefix = list(range(100, 110))
-    rows = [[*prefix, 1], [*prefix, 2], list(range(200, 230)), [3]]
-    seq_lens = [41, 43, 117, 2]
-    planner = Planner(TILING, chunk=8)
-    together = planner.plan(tables_of(rows), np.array(seq_lens))
-    require_cover(together, tables_of(rows), seq_lens)
-    for row, blocks in enumerate(rows):
-        alone = planner.plan(tables_of([blocks]), np.array([seq_lens[row]]))
-        mine = together.items[together.items[:, 2] == row]
-        assert mine[:, 3:].tolist() == alone.items[:, 3:].tolist()
-        assert (mine[:, 3] % 8 == 0).all()
-        ends = np.minimum(mine[:, 4], seq_lens[row])
-        assert (ends - mine[:, 3]).max() <= 8
-
-
-def test_a_fixed_chunk_stays_fixed_while_its_row_grows() -> None:
-    tables = tables_of([list(range(10))])
-    planner = Planner(TILING, chunk=8)
-    for seq_len in range(40):
-        plan = planner.plan(tables, np.array([seq_len]))
-        starts = sorted(plan.items[:, 3].tolist())
-        assert starts == list(range(0, max(seq_len, 1), 8))
-
-
-def test_a_chunk_that_no_tile_fits_is_refused() -> None:
-    with pytest.raises(ValueError, match="chunk=6: expected a positive multiple of 4 kv tokens"):
-        Planner(TILING, chunk=6)
 
 
 @dataclass
@@ -215,15 +182,10 @@ def test_any_history_of_sequences_is_covered_after_every_step() -> None:
     @hypothesis.given(
         st.lists(steps, max_size=14),
         st.sampled_from([None, None, 1, 5, 40]),
-        st.sampled_from([None, None, 8, 32]),
         st.sampled_from([1, 4, 8]),
     )
-    def holds(
-        history: list[tuple[str, int, int]], window: int | None, chunk: int | None, align: int
-    ) -> None:
-        if chunk is not None and chunk % align:
-            chunk = align
-        planner = Planner(TILING._replace(align=align), window=window, chunk=chunk)
+    def holds(history: list[tuple[str, int, int]], window: int | None, align: int) -> None:
+        planner = Planner(TILING._replace(align=align), window=window)
         forest = Forest(block_size, window)
         for verb, row, tokens in history:
             take(forest, verb, row, tokens)

@@ -37,18 +37,6 @@ def test_a_row_may_double_its_share_of_the_work() -> None:
     assert planner.plan(tables, np.array([17, 1])) is not plan
 
 
-@pytest.mark.parametrize("window", [None, 3, 13])
-@pytest.mark.parametrize("first", range(1, 18, 2))
-def test_items_of_a_fixed_chunk_end_at_chunk_boundaries(window: int | None, first: int) -> None:
-    tables = tables_of([list(range(10))])
-    planner = Planner(TILING, chunk=8, window=window)
-    for seq_len in range(first, 40):
-        plan = planner.plan(tables, np.array([seq_len]))
-        require_cover(plan, tables, [seq_len], window=window)
-        for start, stop in plan.items[:, 3:].tolist():
-            assert start // 8 == (min(stop, seq_len) - 1) // 8
-
-
 @pytest.mark.parametrize("cut", [79, 41, 4, 0])
 @pytest.mark.parametrize("window", [None, 90])
 def test_cutting_a_row_below_its_shared_prefix_needs_replanning(

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are interpreted only under TRITON_INTERPRET=1", allow_module_level=True)
 
-from kvpager.kernels.gpu import attention
+from kvpager.kernels.gpu import attention, plans
 from tests.support import triton_interpreter
 
 triton_interpreter.install()
@@ -40,7 +40,7 @@ def plan_for(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, *rows: Any, **options: Any
 ) -> Any:
     """Call `plan_attention` with the arguments of `paged_attention`."""
-    own = {name: options.pop(name) for name in ("chunk", "share") if name in options}
+    own = {"share": options.pop("share")} if "share" in options else {}
     args = AttentionArgs(*rows, **options)
     return attention.plan_attention(query, key_cache, value_cache, args, **own)
 
@@ -57,12 +57,19 @@ def by_plan(plan: Any, *tensors: Any, **options: Any) -> Tensor:
     return output
 
 
-def planned(*tensors: Any, chunk: int | None = None, **options: Any) -> Tensor:
+def planned(*tensors: Any, **options: Any) -> Tensor:
     """Compute `paged_attention` with an explicit plan."""
     ranges = {name: options[name] for name in ("causal", "window") if name in options}
-    return by_plan(plan_for(*tensors, chunk=chunk, **ranges), *tensors, **options)
+    return by_plan(plan_for(*tensors, **ranges), *tensors, **options)
 
 
 def in_pieces(*tensors: Any, **options: Any) -> Tensor:
     """Every row cut into items of 32 kv tokens, so that results are merged."""
-    return planned(*tensors, chunk=32, **options)
+    ranges = {name: options[name] for name in ("causal", "window") if name in options}
+    query, key_cache, value_cache, *rows = tensors
+    shapes = plans.shapes_of(query, key_cache, value_cache, **ranges, share=False)
+    cache = plans.PlanCache(shapes)
+    tiling = cache._planner._tiling
+    cache._planner._tiling = tiling._replace(items=1 << 20, chunk_min=max(tiling.align, 32))
+    starts = rows[2] if len(rows) > 2 else options.get("cu_seqlens_q")
+    return by_plan(cache.of(rows[0], rows[1], starts), *tensors, **options)

@@ -82,17 +82,17 @@ SHARED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.mostly_slow(quick=1)
-@pytest.mark.parametrize("chunk", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", SHARED)
-def test_prefixes_that_rows_share_are_read_together(name: str, chunk: bool) -> None:
+def test_prefixes_that_rows_share_are_read_together(name: str, cut: bool) -> None:
     blocks, options = forest(), SHARED[name]
     query = torch.randn(7, 4, 16, generator=seeded(3))
     tensors = (query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
     expected = by_reference(*tensors, **options)
-    output = in_pieces(*tensors, **options) if chunk else planned(*tensors, **options)
+    output = in_pieces(*tensors, **options) if cut else planned(*tensors, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=2e-6)
     assert torch.equal(output[6], torch.zeros(4, 16))
-    if not chunk:
+    if not cut:
         rows = {"causal": True, "window": None} | options
         plan = plan_for(*tensors, causal=rows["causal"], window=rows["window"])
         assert plan.work.num_large > 0
@@ -152,20 +152,6 @@ def test_lengths_beyond_the_tables_of_a_plan_read_no_block() -> None:
     output = by_plan(plan, call.queries[0], *blocks.caches, tables, blocks.seq_lens)
     expected = by_reference(call.queries[0], *blocks.caches, tables, torch.tensor([16]))
     torch.testing.assert_close(output, expected)
-
-
-def test_a_fixed_chunk_gives_the_same_bits_in_any_batch() -> None:
-    case = Case(((1, 60), (1, 33), (1, 5)))
-    call = make_call(case, torch.float32)
-    blocks = in_blocks(case, call, 16, torch.float32)
-    query = torch.cat(call.queries)
-    together = in_pieces(query, *blocks.caches, blocks.block_tables, blocks.seq_lens)
-    for row in range(3):
-        one = slice(row, row + 1)
-        alone = in_pieces(
-            query[one], *blocks.caches, blocks.block_tables[one], blocks.seq_lens[one]
-        )
-        assert torch.equal(alone, together[one])
 
 
 @pytest.mark.parametrize(
