@@ -26,6 +26,7 @@ from kvpager.kernels.layer_caches import LayerCaches
 # The range of the kernels' float32 maths.
 _FLOAT_MIN, _FLOAT_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _WINDOW_MAX = 1 << 62
+_TENSORS = ("block_tables", "seq_lens", "cu_seqlens_q", "kv_starts", "mask")
 _NUMBERS = (float, int, np.floating)  # other reals, such as fractions, tensors do not know
 
 
@@ -70,10 +71,8 @@ class AttentionArgs:
         _require_query(query, caches.key, quantised=caches.scales is not None)
         rows, query_heads = len(self.block_tables), query.shape[1]
         if self.cu_seqlens_q is None and len(query) != rows:
-            raise ValueError(
-                f"query has {len(query)} tokens for {rows} rows; "
-                "pass cu_seqlens_q unless every row has one"
-            )
+            fix = "pass cu_seqlens_q unless every row has one"
+            raise ValueError(f"query has {len(query)} tokens for {rows} rows; {fix}")
         if sinks is not None:
             require_tensors(sinks=sinks)
             require_shape("sinks", sinks, (query_heads,), "[query_heads]")
@@ -87,19 +86,10 @@ class AttentionArgs:
                     f"pass [1 or {rows}, 1 or {query_heads}, max queries, kv]"
                 )
             if mask.shape[2] == 0 and len(query):
-                raise ValueError(
-                    "mask has 0 query rows, but a row has 1 or more queries; pass them all"
-                )
-        require_device(
-            caches.key,
-            query=query,
-            block_tables=self.block_tables,
-            seq_lens=self.seq_lens,
-            cu_seqlens_q=self.cu_seqlens_q,
-            kv_starts=self.kv_starts,
-            sinks=sinks,
-            mask=mask,
-        )
+                why = "mask has 0 query rows, but a row has 1 or more queries; pass them all"
+                raise ValueError(why)
+        shared = {name: getattr(self, name) for name in _TENSORS}
+        require_device(caches.key, query=query, sinks=sinks, **shared)
 
     def _fits(self, query: Tensor, caches: LayerCaches) -> bool:
         """Return True for the usual arguments of a decode step; False needs a full check. O(1)."""
@@ -134,10 +124,9 @@ def _require_query(query: Tensor, key_cache: Tensor, *, quantised: bool) -> None
     query_heads, kv_heads = query.shape[1], key_cache.shape[2]
     if query_heads % kv_heads:
         raise ValueError(f"{query_heads} query heads are no multiple of {kv_heads} kv heads")
-    if query.shape[2] != key_cache.shape[3]:
-        raise ValueError(
-            f"query has head_dim {query.shape[2]}, but key_cache has {key_cache.shape[3]}"
-        )
+    head_dim, cached_dim = query.shape[2], key_cache.shape[3]
+    if head_dim != cached_dim:
+        raise ValueError(f"query has head_dim {head_dim}, but key_cache has {cached_dim}")
     require_floating("query.dtype", query.dtype)
     if not quantised:
         require_same("query", query, "key_cache", key_cache)
@@ -148,9 +137,8 @@ def _require_options(
     softmax_scale: float | None, causal: bool, window: int | None, softcap: float | None
 ) -> None:
     if softmax_scale is not None and not isinstance(softmax_scale, _NUMBERS):
-        raise TypeError(
-            f"softmax_scale={softmax_scale!r}: expected a number, or None for head_dim ** -0.5"
-        )
+        allowed = "a number, or None for head_dim ** -0.5"
+        raise TypeError(f"softmax_scale={softmax_scale!r}: expected {allowed}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal={causal!r}: expected True or False")
     if window is not None and (not isinstance(window, Integral) or isinstance(window, bool)):

@@ -33,10 +33,7 @@ REFERENCE: dict[str, Kernel] = {
 }
 
 # Device type -> a module with `register() -> None`.
-_PROVIDERS = {
-    "cpu": "kvpager.kernels.cpu.provider",
-    "cuda": "kvpager.kernels.gpu.provider",
-}
+_PROVIDERS = {"cpu": "kvpager.kernels.cpu.provider", "cuda": "kvpager.kernels.gpu.provider"}
 
 
 class Active(NamedTuple):

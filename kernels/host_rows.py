@@ -62,10 +62,9 @@ class HostRows:
     ) -> None:
         """Check that the arrays have the shapes of the tensors. O(1). Raises: `ValueError`."""
         tensors = {"block_tables": block_tables, "seq_lens": seq_lens, "cu_seqlens_q": cu_seqlens_q}
-        arrays = (self.block_tables, self.seq_lens, self.cu_seqlens_q)
-        for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
+        for name, tensor in tensors.items():
             theirs = None if tensor is None else tuple(tensor.shape)
-            ours = None if array is None else array.shape
+            ours = getattr(getattr(self, name), "shape", None)
             if theirs != ours:
                 raise ValueError(
                     f"host_rows has {name} of shape {ours}, but the call has {theirs}; pass the "

@@ -91,11 +91,7 @@ def paged_attention(
 
 @without_gradients
 def attend(
-    query: Tensor,
-    caches: LayerCaches,
-    args: AttentionArgs,
-    *,
-    sinks: Tensor | None = None,
+    query: Tensor, caches: LayerCaches, args: AttentionArgs, *, sinks: Tensor | None = None
 ) -> Tensor:
     """Compute `paged_attention` with caches that all steps share, and rows that all layers share.
 

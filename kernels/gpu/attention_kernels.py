@@ -325,7 +325,5 @@ def merge_parts(
     result = summed / tl.where(total == 0.0, 1.0, total)[:, None]
     row = tl.load(merged + index).to(tl.int64) * H + head
     tl.store(
-        output + row * DV + dv[None, :],
-        result.to(output.dtype.element_ty),
-        mask=(dv < DV)[None, :],
+        output + row * DV + dv[None, :], result.to(output.dtype.element_ty), mask=(dv < DV)[None, :]
     )

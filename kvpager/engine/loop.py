@@ -177,10 +177,8 @@ class Loop:
         tracked = [self.requests[request_id] for request_id in plan.request_ids]
         prompts = (each.channel.output.prompt_token_ids for each in tracked)
         logits = self.runner.run(plan, dict(zip(plan.seq_ids.tolist(), prompts, strict=True)))
-        rows = []
-        for row in np.flatnonzero(plan.needs_logits).tolist():
-            sample = self._samples.get(int(plan.seq_ids[row]))
-            rows.append(tracked[row].first_row() if sample is None else sample.row())
+        needed = np.flatnonzero(plan.needs_logits).tolist()
+        rows = [tracked[row].row(self._samples.get(int(plan.seq_ids[row]))) for row in needed]
         return self._sampler.choose(logits, rows) if rows else []
 
     def _advance(self, plan: StepPlan, draws: list[Draw]) -> None:

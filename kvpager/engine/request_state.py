@@ -42,10 +42,6 @@ class TrackedSample:
         """Return all tokens so far, the prompt included. O(tokens)."""
         return self.tracked.begins + self.sample.token_ids
 
-    def row(self) -> Row:
-        """Return the row of logits for the next token. O(1)."""
-        return self.tracked.row(self.ids)
-
 
 @dataclass(slots=True, eq=False)
 class TrackedRequest:
@@ -58,13 +54,10 @@ class TrackedRequest:
     tokenizer: Any = None
     error: BaseException | None = None
 
-    def first_row(self) -> Row:
-        """Return the row of logits for the first token of all samples. O(1)."""
-        return self.row(lambda: self.begins, self.request.n)
-
-    def row(self, ids: Callable[[], list[int]], times: int = 1) -> Row:
-        """Return a row of logits with the settings of the request. O(1)."""
-        settings = self.settings
+    def row(self, sample: TrackedSample | None) -> Row:
+        """Return the row of logits for the next token of a sample; None: for the first of all."""
+        settings, times = self.settings, self.request.n if sample is None else 1
+        ids = (lambda: self.begins) if sample is None else sample.ids
         return Row(settings.sampling, times, settings.generator, ids, settings.with_logprobs)
 
     def extend(
