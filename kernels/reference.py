@@ -138,10 +138,12 @@ def paged_attention(
         mask=mask,
     )
     tokens_per_row = max(1, min(TILE_TOKENS_PER_ROW, TILE_TOKENS // rows))
+    key_scales, value_scales = scales or (None, None)
     tile = _Tile(
         key_cache,
         value_cache,
-        *(scales or (None, None)),
+        key_scales,
+        value_scales,
         blocks=max(1, tokens_per_row // key_cache.shape[1]),
         softmax_scale=query.shape[2] ** -0.5 if args.softmax_scale is None else args.softmax_scale,
         softcap=args.softcap,

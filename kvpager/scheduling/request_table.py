@@ -14,29 +14,18 @@ from kvpager.scheduling.sequence_state import SequenceState
 
 
 class RequestTable:
-    """The requests of one scheduler. It knows no blocks: callers free them first.
-
-    Attributes:
-        policy: ranks the live requests, and keeps the waiting ones.
-        sequences: the sequences of all requests.
-        live: all live requests, by id and in order of arrival.
-        running: requests on the device, in the order in which they started or resumed.
-        preempted: requests that were swapped or dropped and will resume.
-        num_seqs_reserved: the sum of `n` over the running requests.
-        generation: the generation of cached prefixes that new requests may share.
-        version: changes whenever the set of decoding sequences may have changed.
-    """
+    """The requests of one scheduler. It knows no blocks: callers free them first."""
 
     def __init__(self, policy: SchedulingPolicy, max_num_seqs: int) -> None:
-        self.policy = policy
-        self.sequences = SequenceState()
-        self.live: dict[Hashable, RequestState] = {}
-        self.running: list[RequestState] = []
-        self.preempted: list[RequestState] = []
-        self.num_seqs_reserved = 0
+        self.policy = policy  # ranks the live requests, and keeps the waiting ones
+        self.sequences = SequenceState()  # of all requests
+        self.live: dict[Hashable, RequestState] = {}  # by id, in order of arrival
+        self.running: list[RequestState] = []  # in the order in which they started or resumed
+        self.preempted: list[RequestState] = []  # swapped or dropped; they will resume
+        self.num_seqs_reserved = 0  # the sum of `n` over the running requests
         self.max_num_seqs = max_num_seqs
-        self.generation = 0
-        self.version = 0
+        self.generation = 0  # of the cached prefixes that new requests may share
+        self.version = 0  # changes whenever the set of decoding sequences may have changed
         self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap; may hold ended ones
         self._ended: dict[Hashable, Reason] = {}  # not reported yet
         self._num_submitted = 0

@@ -16,32 +16,23 @@ from kvpager.plans import Int32, Int64, Step
 
 
 class RaggedTables(NamedTuple):
-    """Tables for `plan` of FlashInfer's paged wrappers.
+    """Tables for `plan` of FlashInfer's paged wrappers."""
 
-    Attributes:
-        indptr: int32 [n + 1]. Table i is `indices[indptr[i]:indptr[i + 1]]`.
-        indices: int32 [blocks of all tables].
-        last_page_len: int32 [n], 1 to block_size, or 0 for an empty sequence.
-    """
-
-    indptr: Int32
-    indices: Int32
-    last_page_len: Int32
+    indptr: Int32  # [n + 1]; table i is `indices[indptr[i]:indptr[i + 1]]`
+    indices: Int32  # [blocks of all tables]
+    last_page_len: Int32  # [n], 1 to block_size, or 0 for an empty sequence
 
 
 class PaddedTables(NamedTuple):
     """Tables for flash-attn's `flash_attn_with_kvcache` and vLLM's backends.
 
-    Attributes:
-        block_table: int32 [rows, width]. Entries after a sequence's last block are 0: kernels never
-            read them, but the block must exist.
-        seq_lens: int32 [rows]. Padded rows have length 0.
-        slot_mapping: int64 [tokens]. Padded tokens have slot -1 and are never written.
+    Entries of `block_table` after a sequence's last block are 0: kernels never read them, but the
+    block must exist.
     """
 
-    block_table: Int32
-    seq_lens: Int32
-    slot_mapping: Int64
+    block_table: Int32  # [rows, width]
+    seq_lens: Int32  # [rows]; 0 for padded rows
+    slot_mapping: Int64  # [tokens]; -1 for padded tokens, which are never written
 
 
 def flashinfer(manager: CacheManager, sequences: Target) -> RaggedTables:
@@ -82,19 +73,18 @@ def flash_attention(
     tables, lengths = manager.tables_and_lengths(sequences)
     tables = np.maximum(tables, 0)
     slots = np.empty(0, np.int64) if step is None else step.slots
-    count, widest = tables.shape
-    num_rows = arguments.count("num_rows", count if num_rows is None else num_rows, at_least=count)
-    width = arguments.count("width", widest if width is None else width, at_least=widest)
-    num_slots = len(slots)
-    num_tokens = arguments.count(
-        "num_tokens", num_slots if num_tokens is None else num_tokens, at_least=num_slots
-    )
-    padded = PaddedTables(
-        np.zeros((num_rows, width), np.int32),
-        np.zeros(num_rows, np.int32),
-        np.full(num_tokens, -1, np.int64),
-    )
-    padded.block_table[:count, :widest] = tables
-    padded.seq_lens[:count] = lengths
-    padded.slot_mapping[:num_slots] = slots
-    return padded
+    (count, widest), num_slots = tables.shape, len(slots)
+    num_rows = _at_least(count, "num_rows", num_rows)
+    width = _at_least(widest, "width", width)
+    num_tokens = _at_least(num_slots, "num_tokens", num_tokens)
+    block_table = np.zeros((num_rows, width), np.int32)
+    block_table[:count, :widest] = tables
+    seq_lens = np.zeros(num_rows, np.int32)
+    seq_lens[:count] = lengths
+    slot_mapping = np.full(num_tokens, -1, np.int64)
+    slot_mapping[:num_slots] = slots
+    return PaddedTables(block_table, seq_lens, slot_mapping)
+
+
+def _at_least(least: int, name: str, size: int | None) -> int:
+    return least if size is None else arguments.count(name, size, at_least=least)
