@@ -107,7 +107,7 @@ def engine(recorder: Recorder) -> Any:
     before = recorder.counts()
     chance = random.Random(5)
     for _ in range(60):
-        runner.run(random_step(chance, runner, warming._step), {})
+        runner.run(random_step(chance, runner, warming.step_of_rows), {})
     return {name: [before.get(name, 0), count] for name, count in recorder.counts().items()}
 
 
