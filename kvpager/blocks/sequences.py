@@ -191,7 +191,7 @@ class SequenceTable:
         self.tables = Ragged(NO_BLOCK)
         for name, dtype in self.COLUMNS.items():
             setattr(self, name, np.zeros(0, dtype))
-        self.list_columns()
+        self._columns: list[memoryview[Any]] = []  # in which a row begins with zeros
         self.prompts: list[Prompt | None] = []
         self.nodes: list[Node | None] = []  # where `published` stands in the prefix index
         self.waiting_ids: dict[int, Int32] = {}  # known ids of sequences with waiting tokens
@@ -239,16 +239,11 @@ class SequenceTable:
         }
         self.tables.add_rows(rows + more - len(self.tables))
         vars(self).update(columns)  # nothing can fail from here on
-        self.list_columns()
+        # A memoryview writes one number in half the time that an array takes.
+        self._columns = [columns[name].data for name in columns if name != "generations"]
         self.prompts.extend([None] * more)
         self.nodes.extend([None] * more)
         self.free_rows.extend(reversed(range(rows, rows + more, self.num_groups)))
-
-    def list_columns(self) -> None:
-        """List the arrays in which a row begins with zeros, after they were replaced. O(1)."""
-        # A memoryview writes one number in half the time that an array takes.
-        names = [name for name in self.COLUMNS if name != "generations"]
-        self._columns: list[memoryview[Any]] = [getattr(self, name).data for name in names]
 
     def add(
         self,
