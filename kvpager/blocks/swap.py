@@ -6,8 +6,6 @@ swapped, and returns with the first of them. So forks share blocks on the host a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from kvpager.blocks.accounts import Accounts
@@ -36,24 +34,24 @@ class Swap:
             if is_away and not any(len(table.device_blocks(row)) for row in members):
                 raise SequenceSwapped(f"{state.handle(first).name} is wholly on the host already")
         rows = table.members(sequences)
-        leaving = _leaving_device(table, state.pool, rows, at_most)
-        need = len(leaving.blocks)
+        blocks, holders = _leaving_device(table, state.pool, rows, at_most)
+        need = len(blocks)
         if need > host.num_free:
             raise OutOfBlocks(
                 need, host.num_free, 0, host.num_blocks, "host", "raise num_host_blocks"
             )
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "device", "host", state.fences.ticket(copies))
-        copies[:, 0], copies[:, 1] = leaving.blocks, state.take_free(host, need)
-        host.receive(copies[:, 1], state.pool.ids[leaving.blocks], leaving.holders)
+        copies[:, 0], copies[:, 1] = blocks, state.take_free(host, need)
+        host.receive(copies[:, 1], state.pool.ids[blocks], holders)
         table.swapped[rows] = True
         everyone = table.swapped.nonzero()[0]
-        table.replace(everyone, leaving.blocks, -2 - copies[:, 1])
+        table.replace(everyone, blocks, -2 - copies[:, 1])
         # The published blocks stay in the index, as duplicates.
         table.duplicates[everyone] |= table.published[everyone] > 0
         table.epoch += 1
         state.moved(plan.copies, plan.ticket, "device", "host")
-        state.release(leaving.blocks, leaving.holders)
+        state.release(blocks, holders)
         state.totals["total_swapped_out"] += need
         return plan
 
@@ -62,36 +60,29 @@ class Swap:
         state, table = self._state, self._state.rows
         sequences = sequences[table.swapped[sequences]]
         rows = table.members(sequences)
-        leaving = _leaving_host(table, state.host, rows, at_most)
-        need = len(leaving.blocks)
-        owners = _owners(table, rows, leaving, state.accounts) if state.accounts.limits else None
+        blocks = _leaving_host(table, rows, at_most)
+        need, holders = len(blocks), state.host.refs[blocks]
+        owners = _owners(table, rows, blocks, state.accounts) if state.accounts.limits else None
         state.refuse(need + reserve, owners)
         copies = np.empty((need, 2), np.int32)
         plan = Plan(copies, "host", "device", state.fences.ticket(copies))
-        copies[:, 0], copies[:, 1] = leaving.blocks, state.take(need, owners)
-        state.pool.receive(copies[:, 1], state.host.ids[leaving.blocks], leaving.holders)
-        table.replace(table.swapped.nonzero()[0], -2 - leaving.blocks, copies[:, 1])
+        copies[:, 0], copies[:, 1] = blocks, state.take(need, owners)
+        state.pool.receive(copies[:, 1], state.host.ids[blocks], holders)
+        table.replace(table.swapped.nonzero()[0], -2 - blocks, copies[:, 1])
         for first in sequences.tolist():
             members = table.rows_of(first)
             is_away = any(len(table.host_blocks(row)) for row in members)
             table.swapped[members.start : members.stop] = is_away
         state.moved(plan.copies, plan.ticket, "host", "device")
-        state.host.release(leaving.blocks, leaving.holders)
+        state.host.release(blocks, holders)
         state.totals["total_swapped_in"] += need
         return plan
 
 
-class Leaving(NamedTuple):
-    """Blocks that leave a tier, and how many tables hold each."""
-
-    blocks: Int32
-    holders: Int32
-
-
 def _leaving_device(
     table: SequenceTable, device: BlockPool, rows: Int64, at_most: int | None
-) -> Leaving:
-    """Return the device blocks that only `rows` and already swapped sequences hold.
+) -> tuple[Int32, Int32]:
+    """Return the device blocks that only `rows` and swapped sequences hold, and their holders.
 
     With `at_most`, return the last ones. O(blocks of `rows` and of all swapped sequences).
     """
@@ -109,28 +100,25 @@ def _leaving_device(
     order = np.argsort(depth, kind="stable")
     if at_most is not None:
         order = order[::-1][:at_most]
-    return Leaving(blocks[order], holders[order].astype(np.int32))
+    return blocks[order], holders[order].astype(np.int32)
 
 
-def _leaving_host(
-    table: SequenceTable, host: BlockPool, rows: Int64, at_most: int | None
-) -> Leaving:
+def _leaving_host(table: SequenceTable, rows: Int64, at_most: int | None) -> Int32:
     """Return the host blocks that `rows` hold; with `at_most`, the first ones. O(blocks)."""
     entries, columns = _entries(table, rows)
     away = entries < NO_BLOCK
     blocks, first = np.unique(-2 - entries[away], return_index=True)
     order = np.argsort(columns[away][first], kind="stable")[:at_most]
-    blocks = blocks[order].astype(np.int32)
-    return Leaving(blocks, host.refs[blocks])
+    return blocks[order].astype(np.int32)
 
 
-def _owners(table: SequenceTable, rows: Int64, leaving: Leaving, accounts: Accounts) -> Int64:
+def _owners(table: SequenceTable, rows: Int64, blocks: Int32, accounts: Accounts) -> Int64:
     """Return the account of each host block for its return. O(blocks)."""
     number_of = {}
     for row in rows.tolist():
         owner = accounts.owner(table.prompt(row).namespace)
         number_of.update(dict.fromkeys(table.host_blocks(row).tolist(), owner))
-    return np.array([number_of[block] for block in leaving.blocks.tolist()], np.int64)
+    return np.array([number_of[block] for block in blocks.tolist()], np.int64)
 
 
 def _entries(table: SequenceTable, rows: Int64) -> tuple[Int32, Int64]:

@@ -151,11 +151,11 @@ _BUGS = {
             "pass",
         ),
         "swap out and release one reference only": (
-            "state.release(leaving.blocks, leaving.holders)",
-            "state.release(leaving.blocks)",
+            "state.release(blocks, holders)",
+            "state.release(blocks)",
         ),
         "swap in and keep the host blocks": (
-            "state.host.release(leaving.blocks, leaving.holders)",
+            "state.host.release(blocks, holders)",
             "pass",
         ),
         "swap out blocks that other sequences hold": (
