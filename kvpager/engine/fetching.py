@@ -99,7 +99,7 @@ class Fetching:
 
     def between_steps(self) -> None:
         """Let requests start whose fetch has ended, and save some blocks."""
-        is_cleaning = self._is_on and (self._may_be_dirty or self._tiering.has_news)
+        is_cleaning = self._is_on and self._find_dirty()
         if not (self._held or is_cleaning):
             return
         if is_cleaning and self._guard is not None:
@@ -111,8 +111,17 @@ class Fetching:
                 if is_cleaning and self._is_on:
                     self._clean(room)
             except Exception:
-                logger.exception("tiers are not used any more")
-                self._turn_off()
+                self._give_up()
+
+    def _find_dirty(self) -> bool:
+        if not (self._may_be_dirty or self._tiering.has_news):
+            return False
+        with self._lock:
+            try:
+                self._may_be_dirty = self._tiering.has_dirty()
+            except Exception:
+                self._give_up()
+            return self._may_be_dirty
 
     def _end_fetches(self, room: int) -> int:
         """End fetches that are done or late. Copies up to `room` blocks; returns the rest."""
@@ -158,6 +167,10 @@ class Fetching:
             logger.warning("tiers are not used any more, because the prefix cache was cleared")
             self._turn_off()
         return self._is_on
+
+    def _give_up(self) -> None:
+        logger.exception("tiers are not used any more")
+        self._turn_off()
 
     def _turn_off(self) -> None:
         self._is_on = self._may_be_dirty = False

@@ -394,6 +394,22 @@ def test_a_changed_model_saves_and_fetches_nothing_more() -> None:
     assert (len(shared.blocks), shared.num_loads) == (saved, 0)
 
 
+@pytest.mark.parametrize("method", ["has_dirty", "clean", "attach"])
+def test_a_defect_of_the_tiering_ends_no_request(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a defect")
+
+    filled = store_with_the_prompt()
+    monkeypatch.setattr(Tiering, method, fail)
+    with TieredEngine([filled]) as engine:
+        for seed in (0, 1, 1):
+            prompt = [seed, *PROMPT] if seed else PROMPT
+            assert engine.ask(prompt).result(60).token_ids == expected(prompt, 8)
+        engine.check_idle()
+
+
 def test_a_cleared_prefix_cache_is_not_filled_from_stores() -> None:
     shared = store_with_the_prompt()
     with TieredEngine([shared]) as engine:

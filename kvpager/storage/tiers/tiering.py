@@ -262,12 +262,20 @@ class Tiering:
 
         That is when stores have answered, or blocks left and others leave next. O(1).
         """
-        has_moved = self._ahead is not None and self._num_evicted != self._num_evicted_now
+        num_evicted = self._manager.queries.num_evicted_blocks
+        has_moved = self._ahead is not None and self._num_evicted != num_evicted
         return has_moved or self._saver.has_news
 
-    @property
-    def _num_evicted_now(self) -> int:
-        return self._manager.queries.num_evicted_blocks
+    def has_dirty(self) -> bool:
+        """Return True if `clean` would find a block to offer. O(blocks)."""
+        return len(self._leaving(1)) > 0
+
+    def _leaving(self, count: int) -> Int32:
+        cached = self._manager.cached
+        for store, keys, is_kept in self._saver.take_news():
+            (cached.mark_clean if is_kept else cached.mark_dirty)(keys, store)
+        self._num_evicted = self._manager.queries.num_evicted_blocks
+        return cached.leaving(count, self._ahead)
 
     def clean(self, count: int = 64) -> int:
         """Offer the next blocks to be evicted, at most `count`, to the stores.
@@ -276,10 +284,7 @@ class Tiering:
         needs a free slot. Returns the number of blocks copied; a thread saves them then. Call it
         between steps. O(count log blocks + bytes copied).
         """
-        cached = self._manager.cached
-        self._read_news()
-        self._num_evicted = self._num_evicted_now
-        blocks = cached.leaving(count, self._ahead)
+        cached, blocks = self._manager.cached, self._leaving(count)
         self.is_clean = not len(blocks)
         if not len(blocks) or not self._is_open:
             return 0
@@ -334,11 +339,6 @@ class Tiering:
         finally:
             self._manager.cached.release(ticket, keep_rank=True)
         return True
-
-    def _read_news(self) -> None:
-        cached = self._manager.cached
-        for store, keys, is_kept in self._saver.take_news():
-            (cached.mark_clean if is_kept else cached.mark_dirty)(keys, store)
 
     # ---------------------------------------------------------------- for callers
 
