@@ -39,14 +39,8 @@ class LayerBytes:
 
 def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
     """Return keys and values by attention layer, [rows, kv_heads, columns, dim] each."""
-    pairs = [
-        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
-    ]
-    return [
-        (key, value)
-        for key, value in pairs
-        if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dim() == 4
-    ]
+    found = (layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor))
+    return [(layer.keys, layer.values) for layer in found if layer.keys.dim() == 4]
 
 
 def reserved_bytes(cache: Any) -> int:

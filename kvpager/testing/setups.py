@@ -31,15 +31,6 @@ class Setup:
     fences: bool = False  # copies to the host may be completed later
     quotas: bool = False
 
-    def __str__(self) -> str:
-        flags = [flag for flag in ("null_block", "fences", "quotas") if getattr(self, flag)]
-        return (
-            f"{self.num_blocks} device and {self.num_host_blocks} host blocks of "
-            f"{self.block_size}, {self.alphabet} token ids, prompts up to {self.longest}, "
-            f"namespaces {list(self.namespaces)}, "
-            + ", ".join([f"eviction {self.eviction!r}", *flags])
-        )
-
 
 MakeManager = Callable[[Setup], Any]
 

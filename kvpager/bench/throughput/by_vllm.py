@@ -49,12 +49,10 @@ class Vllm:
             )
         try:
             self._send(_settings(folder, options, workload, eager))
-            started = self._receive()
+            self.block_size: int = self._receive()["block_size"]
         except BaseException:
             self.close()
             raise
-        self.version: str = started["version"]
-        self.block_size: int = started["block_size"]
         self._block_bytes = self.block_size * _token_bytes(folder)
 
     def run(self, workload: Workload, progress: Progress) -> Run:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 _METRICS_EVERY = 0.1  # seconds; a look takes some milliseconds
@@ -20,11 +20,11 @@ _METRICS_EVERY = 0.1  # seconds; a look takes some milliseconds
 class Served:
     """A model that vLLM serves."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], answer: Callable[[Any], None]) -> None:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        self.version: str = vllm.__version__
+        self._answer = answer
         self._params, self._kind = vllm.SamplingParams, RequestOutputKind.DELTA
         self._llm = vllm.LLM(**settings)
         self._engine = self._llm.llm_engine
@@ -44,13 +44,9 @@ class Served:
         self._serve(items)
         after = self._counts()
         share, live = self._busiest
+        arrivals = [item[0] for item in items]
         return {
-            "served": [
-                [item[0], first, last, tokens]
-                for item, first, last, tokens in zip(
-                    items, self._first, self._last, self._tokens, strict=True
-                )
-            ],
+            "served": list(zip(arrivals, self._first, self._last, self._tokens, strict=True)),
             "held_blocks": round(share * self.num_blocks),
             "live_tokens": live,
             "preempted": after["vllm:num_preemptions"] - before["vllm:num_preemptions"],
@@ -71,7 +67,7 @@ class Served:
             for output in self._engine.step():
                 done += self._note(output)
             if done:
-                answer({"done": done})
+                self._answer({"done": done})
             if time.perf_counter() - looked > _METRICS_EVERY:
                 looked = time.perf_counter()
                 self._look(items[:num_submitted])
@@ -117,34 +113,21 @@ class Served:
 
 
 _COUNTS = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:kv_cache_usage_perc")
-_answers: list[Any] = []
-
-
-def answer(message: dict[str, Any]) -> None:
-    """Send a line to the parent process."""
-    _answers[0].write(json.dumps(message) + "\n")
-    _answers[0].flush()
-
-
-def _requests() -> Iterator[Any]:
-    for line in sys.stdin:
-        yield json.loads(line)
 
 
 def main() -> None:
     """Serve until stdin ends."""
     # vLLM and its children print to stdout. The parent has to read answers only.
-    _answers.append(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    incoming = _requests()
-    served = Served(next(incoming))
-    answer(
-        {
-            "version": served.version,
-            "num_blocks": served.num_blocks,
-            "block_size": served.block_size,
-        }
-    )
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    incoming = map(json.loads, sys.stdin)
+    served = Served(next(incoming), answer)
+    answer({"block_size": served.block_size})
     for items in incoming:
         answer(served.replay(items))
 
