@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The arguments of `patch`, and an option of the command."""
+    """The arguments of `patch`."""
 
     memory: str | None = option(
         "Memory", "Maximum KV cache memory of all pools, such as 4GiB.", "SIZE", shown="no bound"
@@ -44,9 +44,6 @@ class Options:
     in_place: bool = option(
         "Behaviour", "Read blocks in place, or gather them for every read.", default=True
     )
-    report: bool = option(
-        "Output", "Print a report to stderr at exit.", default=False, name="--report"
-    )
 
 
 _Command = Annotated[
@@ -59,8 +56,14 @@ _Command = Annotated[
 ]
 
 
+_Report = Annotated[
+    bool,
+    typer.Option("--report", help="Print a report to stderr at exit.", rich_help_panel="Output"),
+]
+
+
 @takes_options
-def run(command: _Command, options: Options) -> None:
+def run(command: _Command, options: Options, report: _Report = False) -> None:
     """Run a Python program with `kvpager.patch()` active for every model in its process.
 
     Example: kvpager run --memory 4GiB transformers serve MODEL --continuous-batching
@@ -74,20 +77,13 @@ def run(command: _Command, options: Options) -> None:
         program, arguments = _find(command)
         from kvpager.integrations.huggingface.patching.patch import patch
 
-        paging = patch(
-            memory=options.memory,
-            host_memory=options.host_memory,
-            block_size=options.block_size,
-            prefix_cache=options.prefix_cache,
-            kv_cache_dtype=cast(Any, options.kv_cache_dtype),  # `patch` checks it
-            in_place=options.in_place,
-        )
+        paging = patch(**vars(options))
     sys.argv = arguments
     try:
         with paging:
             program()
     finally:
-        if options.report:
+        if report:
             typer.echo(paging.report(), err=True)
 
 
@@ -96,7 +92,8 @@ def _find(command: list[str]) -> tuple[Callable[[], Any], list[str]]:
     name, *rest = command
     if name.startswith("-") and name != "-m":  # click took it for the program
         flag = name.split("=")[0]
-        raise BadInput(no_such_option(flag, [*names_of(Options).values(), "--help"], "kvpager run"))
+        known = [*names_of(Options).values(), "--report", "--help"]
+        raise BadInput(no_such_option(flag, known, "kvpager run"))
     if name == "-m":
         if not rest:
             raise BadInput("-m: no module given. Name one: kvpager run -m package.module")
