@@ -242,60 +242,49 @@ def shrink(
     Delta debugging (Zeller and Hildebrandt, 2002). Deterministic: `operations_max` bounds the
     replayed operations, and there is no time limit. The returned history has failed in a replay.
     """
-    search = _Search(fails, operations_max)
+    left = operations_max
+
+    def still_fails(candidate: History) -> bool:
+        nonlocal left
+        left -= len(candidate)
+        return left > 0 and bool(fails(candidate))
+
     size = 0
-    while len(history) != size and not search.exhausted:
+    while len(history) != size and left > 0:
         size = len(history)
-        history = search.drop(history)
-        history = search.simplify(history)
+        history = _simplified(_shortened(history, still_fails), still_fails)
     return history
 
 
-class _Search:
-    def __init__(self, fails: Callable[[History], object], operations_max: int) -> None:
-        self.fails = fails
-        self.left = operations_max
+def _shortened(history: History, fails: Callable[[History], bool]) -> History:
+    """Remove runs of operations, long runs first, from the end to the front."""
+    run = max(len(history) // 2, 1)
+    while run:
+        end = len(history)
+        while end > 0:
+            shorter = history[: max(end - run, 0)] + history[end:]
+            if fails(shorter):
+                history = shorter
+            end -= run
+        run //= 2
+    return history
 
-    @property
-    def exhausted(self) -> bool:
-        return self.left <= 0
 
-    def still_fails(self, history: History) -> bool:
-        self.left -= len(history)
-        return not self.exhausted and bool(self.fails(history))
+def _simplified(history: History, fails: Callable[[History], bool]) -> History:
+    """Simplify one argument at a time, while the history still fails."""
+    for at in range(len(history)):
+        for place in range(len(history[at][1])):
+            while found := next(filter(fails, _with_simpler(history, at, place)), None):
+                history = found
+    return history
 
-    def drop(self, history: History) -> History:
-        """Remove runs of operations, long runs first, from the end to the front."""
-        run = max(len(history) // 2, 1)
-        while run:
-            end = len(history)
-            while end > 0:
-                shorter = history[: max(end - run, 0)] + history[end:]
-                if self.still_fails(shorter):
-                    history = shorter
-                end -= run
-            run //= 2
-        return history
 
-    def simplify(self, history: History) -> History:
-        """Simplify one argument at a time, while the history still fails."""
-        for at in range(len(history)):
-            for place in range(len(history[at][1])):
-                history = self._simplify_one(history, at, place)
-        return history
-
-    def _simplify_one(self, history: History, at: int, place: int) -> History:
-        progress = True
-        while progress and not self.exhausted:
-            progress = False
-            name, arguments = history[at]
-            for value in simpler(arguments[place]):
-                changed = (*arguments[:place], value, *arguments[place + 1 :])
-                candidate = [*history[:at], (name, changed), *history[at + 1 :]]
-                if self.still_fails(candidate):
-                    history, progress = candidate, True
-                    break
-        return history
+def _with_simpler(history: History, at: int, place: int) -> Iterator[History]:
+    """Yield the history with simpler values of an argument of operation `at`."""
+    name, arguments = history[at]
+    for value in simpler(arguments[place]):
+        changed = (*arguments[:place], value, *arguments[place + 1 :])
+        yield [*history[:at], (name, changed), *history[at + 1 :]]
 
 
 def simpler(value: Any) -> Iterator[Any]:
