@@ -113,14 +113,11 @@ class PagedView:
         """Return True if both views can be read in place, and show the same columns. O(parts)."""
         if self._dense is not None or other._dense is not None:
             return False
-        return self is other or (
-            (self.start, self.stop) == (other.start, other.stop)
-            # Views of one group share its tables until the group changes.
-            and all(
-                mine.place == theirs.place and mine.tables is theirs.tables
-                for mine, theirs in zip(self.parts, other.parts, strict=False)
-            )
-        )
+        return self is other or self._shown() == other._shown()
+
+    def _shown(self) -> tuple[int, int, list[tuple[Place, int]]]:
+        # Views of one group share its tables until the group changes.
+        return self.start, self.stop, [(part.place, id(part.tables)) for part in self.parts]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return keys and values [rows, kv_heads, columns, dim]. Gathers once; padding is zero."""
