@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("xxhash")
 
 from kvpager import Engine, EngineConfig  # noqa: E402
-from kvpager.errors import EngineClosed, KVPagerError  # noqa: E402
+from kvpager.errors import EngineClosed, KVPagerError, RequestCancelled  # noqa: E402
 from kvpager.storage.tiers.seals import Encrypted, Mac  # noqa: E402
+from tests.support.engines import alone, assert_nothing_is_held  # noqa: E402
 from tests.support.tiered_engines import (  # noqa: E402
     NUM_CACHED,
     OTHERS,
@@ -319,3 +321,40 @@ def test_another_process_finds_a_prompt_on_disk(tokens: list[int], disk: str) ->
     assert in_a_process(f"{__name__}:save_in_a_process", disk) == tokens
     read = in_a_process(f"{__name__}:read_in_a_process", disk)
     assert read == {"tokens": [tokens, tokens], "cached": [NUM_CACHED, 0]}
+
+
+# ----------------------------------------------------------------------------------- traffic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_traffic_at_random_gives_the_same_tokens(name: str, seed: int, tmp_path: Path) -> None:
+    model, chance = tiny_model(name), random.Random(seed)
+    fronts = [[chance.randrange(3, 60) for _ in range(90)] for _ in range(4)]
+    num_fetched = 0
+    for _ in range(6):
+        options: dict[str, Any] = {
+            "memory": chance.choice(["64KiB", "128KiB", "1MiB"]),
+            "host_memory": chance.choice([None, "1MiB"]),
+            "max_batch_tokens": chance.choice([16, 64]),
+        }
+        disk = f"disk:{tmp_path}/kv?capacity=4MiB&admit=always"
+        tiers = chance.choice([["host:512KiB", disk], [disk]])
+        with engine_over(model, tiers, **options) as engine:
+            prompts = [
+                [*chance.choice(fronts)[: chance.randrange(20, 91)], chance.randrange(3, 60)]
+                for _ in range(16)
+            ]
+            streams = [engine.submit(each, max_new_tokens=6, do_sample=False) for each in prompts]
+            for stream in chance.sample(streams, 3):
+                stream.cancel()
+            for prompt, stream in zip(prompts, streams, strict=True):
+                try:
+                    output = stream.result(120)
+                except RequestCancelled:
+                    continue
+                assert output.token_ids == alone(model, prompt, max_new_tokens=6)
+                num_fetched += sum(output.cached_tokens_by_tier.values())
+            assert_nothing_is_held(engine)
+    assert num_fetched > 0
