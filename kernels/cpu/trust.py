@@ -53,21 +53,19 @@ def _walk(path: Path) -> int:
             _require(_exchanger(os.fstat(here)), walked, path)
             name = parts.pop()
             status = os.stat(name, dir_fd=here, follow_symlinks=False)
-            if not stat.S_ISLNK(status.st_mode):
-                here, last = os.open(name, _ON_THE_WAY, dir_fd=here), here
-                os.close(last)
-                walked /= name
-                continue
-            _require(writer(status), walked / name, path)
-            num_links += 1
-            if num_links > _LINKS_MAX:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-            target = Path(os.readlink(name, dir_fd=here))
-            if target.is_absolute():
-                here, last = os.open("/", _ON_THE_WAY), here
-                os.close(last)
-                walked = Path("/")
-            parts += reversed([part for part in target.parts if part != "/"])
+            if stat.S_ISLNK(status.st_mode):
+                _require(writer(status), walked / name, path)
+                num_links += 1
+                if num_links > _LINKS_MAX:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+                target = Path(os.readlink(name, dir_fd=here))
+                parts += reversed([part for part in target.parts if part != "/"])
+                if not target.is_absolute():
+                    continue
+                name = "/"
+            here, last = os.open(name, _ON_THE_WAY, dir_fd=here), here
+            os.close(last)
+            walked /= name
     except BaseException:
         os.close(here)
         raise

@@ -42,10 +42,8 @@ class Loop:
         fetching: fetches the beginnings of requests from tiers; None without tiers.
         on_step: callback invoked after every step.
 
-    Attributes:
-        requests: the live requests, by id.
-        between_steps: callbacks invoked before each step, without the lock. They keep cached
-            prefixes. A callback that raises stops the engine.
+    The callbacks of `between_steps` are invoked before each step, without the lock. They keep
+    cached prefixes. A callback that raises stops the engine.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Loop:
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.requests: dict[Hashable, TrackedRequest] = {}
+        self.requests: dict[Hashable, TrackedRequest] = {}  # the live ones
         self.between_steps: list[Callable[[], None]] = []
         if guard is not None:
             self.between_steps.append(guard.between_steps)
