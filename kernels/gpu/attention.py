@@ -178,36 +178,21 @@ def item_arguments(call: AttentionCall, plan: AttentionPlan, launch: Launch) -> 
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     scale = call.softmax_scale * LOG2E.value if softcap is None else call.softmax_scale / softcap
     return {
-        "query": query,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
-        "block_tables": call.block_tables,
-        "seq_lens": call.seq_lens,
-        "items": plan.items,
-        "members": plan.members,
-        "slots": plan.slots,
-        "cu_seqlens_q": call.cu_seqlens_q,
-        "kv_starts": call.kv_starts,
-        "sinks": call.sinks,
-        "mask": mask,
-        "key_scales": key_scales,
-        "value_scales": value_scales,
-        "scale": scale,
-        "softcap": None if softcap is None else softcap * LOG2E.value,
-        "window": plan.shapes.window,
-        "first_item": launch.first_item,
+        "query": query, "key_cache": key_cache, "value_cache": value_cache,
+        "block_tables": call.block_tables, "seq_lens": call.seq_lens,
+        "items": plan.items, "members": plan.members, "slots": plan.slots,
+        "cu_seqlens_q": call.cu_seqlens_q, "kv_starts": call.kv_starts,
+        "sinks": call.sinks, "mask": mask, "key_scales": key_scales, "value_scales": value_scales,
+        "scale": scale, "softcap": None if softcap is None else softcap * LOG2E.value,
+        "window": plan.shapes.window, "first_item": launch.first_item,
         "capacity": call.block_tables.shape[1] * key_cache.shape[1],
-        "H": query.shape[1],
-        "query_token": query.stride(0),
-        "query_head": query.stride(1),
+        "H": query.shape[1], "query_token": query.stride(0), "query_head": query.stride(1),
         "block_tables_row": call.block_tables.stride(0),
-        **_strides("key", key_cache),
-        **_strides("value", value_cache),
-        **_strides("key_scales", key_scales),
-        **_strides("value_scales", value_scales),
+        **_strides("key", key_cache), **_strides("value", value_cache),
+        **_strides("key_scales", key_scales), **_strides("value_scales", value_scales),
         **_mask_arguments(mask),
         **_constants(plan, launch, query.shape[2], value_cache.shape[3], call.mask),
-    }
+    }  # fmt: skip
 
 
 def _strides(name: str, cache: Tensor | None) -> dict[str, int | None]:
@@ -231,27 +216,18 @@ def _constants(
     shapes = plan.shapes
     tile = launch.tile if mask is None else config.masked(launch.tile)
     return {
-        "G": shapes.query_heads // shapes.kv_heads,
-        "GROUP": plan.group,
-        "SPLITS": plan.splits,
-        "BLOCK_SIZE": shapes.block_size,
-        "DK": key_dim,
-        "DV": value_dim,
-        "DK_PAD": config.power_of_two(key_dim),
-        "DV_PAD": config.power_of_two(value_dim),
-        "BLOCK_M": tile.lines,
-        "BLOCK_N": tile.tokens,
-        "CAUSAL": shapes.causal,
-        "ALONE": launch.alone,
+        "G": shapes.query_heads // shapes.kv_heads, "GROUP": plan.group, "SPLITS": plan.splits,
+        "BLOCK_SIZE": shapes.block_size, "DK": key_dim, "DV": value_dim,
+        "DK_PAD": config.power_of_two(key_dim), "DV_PAD": config.power_of_two(value_dim),
+        "BLOCK_M": tile.lines, "BLOCK_N": tile.tokens,
+        "CAUSAL": shapes.causal, "ALONE": launch.alone,
         # Decode is bound by memory, so masking is free and also covers -1 in tables.
         "INTERIOR": not (plan.work.one_query or plan.work.holes),
         # In prefill the branch is free, and each tile compiles one variant less.
         "PARTIAL": plan.work.num_slots > 0 or not plan.work.one_query,
         "LOWEST": None if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        **config.COMPILER_OPTIONS,
-    }
+        "num_warps": tile.warps, "num_stages": tile.stages, **config.COMPILER_OPTIONS,
+    }  # fmt: skip
 
 
 def merge_constants(value_dim: int) -> dict[str, int]:
