@@ -203,13 +203,6 @@ class CachedBlocks:
             self._state.change.begin()
             self._state.pool.marks[index] &= ~bit
 
-    def are_clean(self, blocks: Int32, store: int) -> NDArray[np.bool_]:
-        """Return which of `blocks` are clean in a store, bool [n]. O(blocks)."""
-        bit = self._bit(store)
-        with self._state.lock:
-            clean: NDArray[np.bool_] = self._state.pool.marks[self._known(blocks)] & bit > 0
-            return clean
-
     def hold(self, blocks: Int32) -> int:
         """Keep the content of published blocks until `release`. Returns a ticket. O(blocks).
 

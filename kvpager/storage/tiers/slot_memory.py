@@ -9,7 +9,6 @@ from typing import Protocol
 class SlotMemory(Protocol):
     """Slots of one block each; `kvpager.storage.staging.Staging` is one."""
 
-    num_slots: int
     block_bytes: int
 
     @property
