@@ -105,8 +105,8 @@ class Pause:
     """
 
     def __init__(self, pauses: Pauses) -> None:
-        self._pauses = pauses
         self._key = object()  # the engine refers to the key, so a dropped pause is finalised
+        self._pauses = pauses
 
     def __enter__(self) -> None:
         try:
@@ -123,5 +123,7 @@ class Pause:
             raise
 
     def __del__(self) -> None:
-        # An interrupt may have come before `__exit__` began.
-        self._pauses.drop(self._key)
+        # An interrupt may have come before `__exit__` began, or before the constructor ended.
+        pauses = getattr(self, "_pauses", None)
+        if pauses is not None:
+            pauses.drop(self._key)

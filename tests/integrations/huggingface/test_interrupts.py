@@ -116,6 +116,7 @@ def interrupted(count: int, run: Callable[[Moments], object]) -> Iterator[int]:
     run(moment)
     total = sys.maxsize - moment.left
     for number in random.Random(total).sample(range(1, total), count):
+        gc.collect()  # a signal inside a finaliser of an earlier run would be lost
         moment = Moments(number, by_signal)
         with contextlib.suppress(KeyboardInterrupt):
             run(moment)
