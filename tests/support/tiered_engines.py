@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from kvpager import Engine
 from kvpager.engine.stream import Output
@@ -23,7 +23,7 @@ from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.keys import content_keys
 from kvpager.storage.tiers.protocol import StoreStats
 from kvpager.storage.tiers.tiering import Tiering
-from kvpager.testing import tiny_llama_path
+from tests.support.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_BLOCKS, NUM_CACHED = 6, 96  # of a prompt of 100 tokens, in blocks of 16
@@ -31,16 +31,17 @@ _DEAR = PreemptionCosts(seconds_per_token=100.0)  # every fetch is worth it
 
 
 def prompt(number: int = 0) -> list[int]:
-    return [3 + (101 * number + 7 * place) % 250 for place in range(100)]
+    source = random.Random(number)
+    return [source.randrange(3, 128) for _ in range(100)]
 
 
-def bundled(**options: Any) -> Any:
-    options = {"dtype": torch.float32} | options
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_path(), **options).eval()
+def llama() -> Any:
+    """A model whose tokens depend on every block of a prompt."""
+    return tiny_model("llama")
 
 
 def edited() -> Any:
-    model = bundled()
+    model = llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight[0, 0] += 0.5
     return model
@@ -49,17 +50,18 @@ def edited() -> Any:
 def adapted(seed: int = 0) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    model = llama()
     torch.manual_seed(seed)
-    return peft.get_peft_model(bundled(), config)
+    return peft.get_peft_model(model, config)
 
 
-# Models and settings whose blocks are not those of `bundled`.
+# Models and settings whose blocks are not those of `llama`.
 OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "weights": (edited, {}),
     "adapter": (adapted, {}),
-    "dtype": (lambda: bundled(dtype=torch.bfloat16), {}),
-    "block size": (bundled, {"block_size": 32}),
-    "format": (bundled, {"kv_cache_dtype": "int8"}),
+    "dtype": (lambda: llama().to(torch.bfloat16), {}),
+    "block size": (llama, {"block_size": 32}),
+    "format": (llama, {"kv_cache_dtype": "int8"}),
 }
 
 

@@ -13,11 +13,11 @@ from tests.support.tiered_engines import (
     NUM_CACHED,
     OTHERS,
     ask,
-    bundled,
     engine_over,
     evict_found_blocks,
     in_a_process,
     keys_of,
+    llama,
     store_stats,
     without_tiers,
 )
@@ -34,13 +34,13 @@ def over(server: Server) -> str:
 
 def save(url: str) -> list[list[int]]:
     """Save all prompts of no namespace; return their tokens."""
-    with engine_over(bundled(), url) as engine:
+    with engine_over(llama(), url) as engine:
         return [ask(engine, number).token_ids for number in range(5)]
 
 
 def damage(server: Server) -> None:
     """Damage the third block of some prompts."""
-    with engine_over(bundled(), over(server)) as engine:
+    with engine_over(llama(), over(server)) as engine:
         names = [[b"kvp1:" + key for key in keys_of(engine, number)] for number in range(5)]
     assert {name for of_prompt in names for name in of_prompt} <= set(server.names())
     server.ask(b"SETRANGE", names[FLIPPED][2], b"%d" % (FRAME_AT + 4000), b"x")
@@ -50,7 +50,7 @@ def damage(server: Server) -> None:
 
 def read(url: str) -> dict[str, Any]:
     """Return tokens and cached tokens of each prompt, of a tenant, of other models and layouts."""
-    model, found = bundled(), dict[str, Any]()
+    model, found = llama(), dict[str, Any]()
     with engine_over(model, url) as engine:
         for number in (HIT, FLIPPED, LOST, SHORT):
             found[str(number)] = told(ask(engine, number))
@@ -76,7 +76,7 @@ def told(output: Any) -> tuple[list[int], int]:
 def test_another_process_gets_the_same_tokens_whatever_became_of_the_blocks(
     server: Server,
 ) -> None:
-    model, url = bundled(), over(server)
+    model, url = llama(), over(server)
     tokens = [without_tiers(model, number) for number in range(5)]
     assert in_a_process(f"{__name__}:save", url) == tokens
     damage(server)
@@ -89,7 +89,7 @@ def test_another_process_gets_the_same_tokens_whatever_became_of_the_blocks(
 
 
 def test_engines_find_prompts_of_one_another(server: Server) -> None:
-    model = bundled()
+    model = llama()
     tokens = without_tiers(model)
     with engine_over(model, over(server)) as first:
         assert told(ask(first)) == (tokens, 0)
@@ -103,7 +103,7 @@ def test_engines_find_prompts_of_one_another(server: Server) -> None:
 def test_a_server_that_comes_back_empty_changes_no_token(
     own_server: Server, tmp_path: Path
 ) -> None:
-    model = bundled()
+    model = llama()
     tokens = [without_tiers(model, number) for number in range(2)]
     with engine_over(model, over(own_server)) as engine:
         for number in range(2):

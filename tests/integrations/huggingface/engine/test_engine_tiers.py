@@ -21,10 +21,10 @@ from tests.support.tiered_engines import (  # noqa: E402
     OTHERS,
     adapted,
     ask,
-    bundled,
     engine_over,
     evict_found_blocks,
     in_a_process,
+    llama,
     store_stats,
     without_tiers,
 )
@@ -43,7 +43,7 @@ def disk(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return bundled()
+    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def saved_by(model: Any, tiers: Any, **options: Any) -> None:
 
 def test_a_new_engine_finds_a_prompt_on_disk(model: Any, tokens: list[int], disk: str) -> None:
     saved_by(model, disk)
-    with engine_over(bundled(), disk) as engine:
+    with engine_over(llama(), disk) as engine:
         output = ask(engine)
         assert output.token_ids == tokens
         assert output.num_cached_tokens == NUM_CACHED
@@ -71,7 +71,7 @@ def test_a_new_engine_finds_a_prompt_on_disk(model: Any, tokens: list[int], disk
 
 
 def test_an_evicted_prompt_is_found_in_the_host_tier(model: Any, tokens: list[int]) -> None:
-    with engine_over(model, ["host:16MiB"], memory="512KiB") as engine:  # room for 10 blocks
+    with engine_over(model, ["host:16MiB"], memory="80KiB") as engine:  # room for 10 blocks
         for number in range(3):
             ask(engine, number)
         output = ask(engine)
@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_not_served(
     for segment in (tmp_path / "kv").glob("*"):
         content = bytearray(segment.read_bytes())
         if len(content) > 1 << 20:
-            content[12_000::4096] = bytes(byte ^ 4 for byte in content[12_000::4096])
+            content[8::4096] = bytes(byte ^ 4 for byte in content[8::4096])
             segment.write_bytes(content)
     with engine_over(model, disk) as engine:
         output = ask(engine)
@@ -184,7 +184,7 @@ def test_a_block_that_leaves_after_it_was_found_is_computed(
 
 
 def test_a_model_that_changes_uses_no_tier_any_more(disk: str) -> None:
-    model = bundled()
+    model = llama()
     saved_by(model, disk)
     with engine_over(model, disk) as engine:
         assert ask(engine).num_cached_tokens == NUM_CACHED
@@ -233,7 +233,7 @@ def test_models_without_tiers_are_refused(name: str, reason: str, tmp_path: Path
 
 
 def test_a_model_with_a_hook_needs_a_name(tmp_path: Path) -> None:
-    model, url = bundled(), f"disk:{tmp_path}/kv?capacity=32MiB"
+    model, url = llama(), f"disk:{tmp_path}/kv?capacity=32MiB"
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     with pytest.raises(KVPagerError, match="Pass model_id='name@revision'"):
         Engine(model, memory="4MiB", tiers=url)
@@ -243,7 +243,7 @@ def test_a_model_with_a_hook_needs_a_name(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_changes_go_unnoticed_is_refused(disk: str) -> None:
-    model = bundled()
+    model = llama()
     factors = iter([1.0] * 1000)
     model.model.layers[0].mlp.register_forward_hook(lambda *call: call[2] * next(factors))
     with pytest.raises(KVPagerError, match="tiers: LlamaForCausalLM shares no prefixes: "):
@@ -253,7 +253,7 @@ def test_a_model_whose_changes_go_unnoticed_is_refused(disk: str) -> None:
 def test_a_model_that_changes_while_its_engine_is_made_is_refused(
     disk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = bundled()
+    model = llama()
 
     def name_and_change(named: Any) -> str:
         with torch.no_grad():
@@ -303,11 +303,11 @@ def test_a_tier_that_cannot_be_opened_leaves_none_open(model: Any, disk: str) ->
 
 
 def save_in_a_process(disk: str) -> list[int]:
-    return ask(Engine(bundled(), memory="4MiB", tiers=disk)).token_ids  # closed at exit
+    return ask(Engine(llama(), memory="4MiB", tiers=disk)).token_ids  # closed at exit
 
 
 def read_in_a_process(disk: str) -> dict[str, Any]:
-    with engine_over(bundled(), disk) as engine:
+    with engine_over(llama(), disk) as engine:
         output = ask(engine)
         foreign = ask(engine, namespace="other")
     return {
