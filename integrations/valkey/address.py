@@ -6,6 +6,7 @@ import time
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import redis
 import redis.connection
 from redis.exceptions import AuthenticationError, RedisError
 
@@ -20,6 +21,7 @@ _SCHEMES = {
     "rediss": "rediss",
     "unix": "unix",
 }
+_TIMEOUTS = ("socket_timeout", "socket_connect_timeout")
 _OPTIONS = {"db", "username", "password", "client_name"}
 _TLS_OPTIONS = {
     "ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_password", "ssl_cert_reqs",
@@ -92,6 +94,12 @@ class Address:
                 f"url={self}: cannot connect: {error}. Check host, port and TLS, and that the "
                 "server runs."
             ) from None
+
+    def client(self, timeout_s: float) -> redis.Redis:
+        """Return redis-py's client of the server; it connects when it is used."""
+        options = self._options | dict.fromkeys(_TIMEOUTS, timeout_s)
+        pool = redis.ConnectionPool(self._class, protocol=2, **options)
+        return redis.Redis(connection_pool=pool)
 
     def _check(self, url: str) -> None:
         if "#" in url:

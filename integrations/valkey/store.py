@@ -27,7 +27,7 @@ from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
 from kvpager.storage.tiers.seals import Seal
 
-_PREFIX = b"kvp1:"  # of every key on the server; an ACL user can be confined to it
+PREFIX = b"kvp1:"  # of every key on the server; an ACL user can be confined to it
 _PART_BYTES, _PART_KEYS = 32 << 20, 512  # of one request, so that a server buffers no more
 _UNUSABLE_MAX = 4096
 
@@ -155,7 +155,7 @@ class ValkeyStore:
 
     def _find(self, keys: Sequence[bytes], there: list[bool], deadline: float, wire: Wire) -> None:
         for part in self._parts(keys):
-            found = wire.exists([_PREFIX + key for key in part], deadline)
+            found = wire.exists([PREFIX + key for key in part], deadline)
             there += found
             if not all(found):
                 return
@@ -169,7 +169,7 @@ class ValkeyStore:
     ) -> None:
         frame = memoryview(bytearray(FRAME_BYTES))
         for part in self._parts(wanted):
-            names, into = [_PREFIX + key for key, _ in part], [(frame, block) for _, block in part]
+            names, into = [PREFIX + key for key, _ in part], [(frame, block) for _, block in part]
             # The frame is checked before the next value overwrites it.
             for (key, block), value in zip(part, wire.mget(names, into, deadline), strict=True):
                 if value is Value.ABSENT:
@@ -187,11 +187,11 @@ class ValkeyStore:
         wire: Wire,
     ) -> None:
         for part in self._parts(offered):
-            known = wire.exists([_PREFIX + key for key, _ in part], deadline)
+            known = wire.exists([PREFIX + key for key, _ in part], deadline)
             for (key, block), is_known in zip(part, known, strict=True):
                 if not is_known:
                     value = self._framing.frame(key, block)
-                    wire.set_absent(_PREFIX + key, value, self._ttl_s, deadline)
+                    wire.set_absent(PREFIX + key, value, self._ttl_s, deadline)
             for (key, _), is_known in zip(part, known, strict=True):
                 kept.append(Saved.KNOWN if is_known else self._kept(key, deadline, wire))
 
@@ -208,7 +208,7 @@ class ValkeyStore:
     def _drop(self, keys: Sequence[bytes], deadline: float, wire: Wire) -> None:
         for part in self._parts(keys):
             try:
-                wire.delete([_PREFIX + key for key in part], deadline)
+                wire.delete([PREFIX + key for key in part], deadline)
             except ServerError as error:
                 if not str(error).startswith("NOPERM"):
                     raise
@@ -274,7 +274,7 @@ class ValkeyStore:
         wire = self._address.first_connection(self._timeout_s)
         # Random names, which no block has and no client can plant. Their last byte puts them into
         # different slots: a server of a cluster refuses them in one command.
-        probe = _PREFIX + secrets.token_hex(8).encode()
+        probe = PREFIX + secrets.token_hex(8).encode()
         names = [probe + b"0", probe + b"1"]
         try:
             wire.exists(names, deadline)
@@ -283,7 +283,7 @@ class ValkeyStore:
             if str(error).startswith(("NOPERM", "NOAUTH")):
                 raise PermissionError(
                     f"url={self._address}: the server refuses EXISTS and MGET: {error}. "
-                    f"Grant +exists +mget ~{_PREFIX.decode()}*, and +set +del to writers."
+                    f"Grant +exists +mget ~{PREFIX.decode()}*, and +set +del to writers."
                 ) from None
             if str(error).startswith(("CROSSSLOT", "MOVED", "CLUSTERDOWN")):
                 raise ValueError(

@@ -18,6 +18,7 @@ from kvpager.cli.errors import Command, Commands, Group, Program
 from kvpager.cli.mutants import mutants
 from kvpager.cli.run import PASS_THROUGH, run
 from kvpager.cli.simulate import simulate
+from kvpager.cli.tiers import gc, ls, stats, verify
 
 app = typer.Typer(
     name="kvpager",
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench = typer.Typer(cls=Group, help="Measure throughput and latency.", no_args_is_help=True)
+tiers = typer.Typer(cls=Group, help="Look at the blocks in a store.", no_args_is_help=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,3 +58,6 @@ for command in (demo, env, simulate, check, mutants):
 app.command(cls=Program, context_settings=PASS_THROUGH)(run)
 bench.command(cls=Command)(throughput)
 app.add_typer(bench, name="bench")
+for command in (ls, stats, verify, gc):
+    tiers.command(cls=Command)(command)
+app.add_typer(tiers, name="tiers")

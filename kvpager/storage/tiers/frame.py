@@ -44,6 +44,52 @@ class Framed(NamedTuple):
     payload: memoryview
 
 
+class Head(NamedTuple):
+    """What a frame says of its block. `seal` is the number of a seal, `layout` a fingerprint."""
+
+    seal: int
+    block_bytes: int
+    layout: bytes
+    key: bytes
+    nonce: bytes = b""
+
+    def packed(self) -> bytes:
+        """Return the bytes of the head. O(1)."""
+        return _HEAD.pack(_MAGIC, _VERSION, *self)
+
+
+def read_head(frame: bytes | memoryview) -> Head | Fault:
+    """Return the head of a frame of any layout, or why there is none. O(1)."""
+    frame = bytes(frame[:FRAME_BYTES])
+    if len(frame) != FRAME_BYTES or _check(frame[:_CHECKED]) != frame[_CHECKED:]:
+        return Fault.HEAD
+    magic, version, *fields = _HEAD.unpack(frame[: _HEAD.size])
+    if magic != _MAGIC:
+        return Fault.HEAD
+    return Head(*fields) if version == _VERSION else Fault.VERSION
+
+
+def check_block(
+    frame: bytes | memoryview, head: Head | Fault, key: bytes, payload: memoryview, seal: Seal
+) -> Fault | None:
+    """Check the frame that has `head`, and turn `payload` into its block, in place. O(bytes).
+
+    Returns None if the block is the one that was saved as `key`, in whatever layout.
+    """
+    if isinstance(head, Fault):
+        return head
+    for fault, good in (
+        (Fault.SEAL, head.seal == seal.number),
+        (Fault.KEY, head.key == key),
+        (Fault.LENGTH, head.block_bytes == payload.nbytes),
+    ):
+        if not good:
+            return fault
+    tag = bytes(frame[_HEAD.size : _CHECKED])
+    sealed = head._replace(nonce=b"").packed()
+    return None if seal.unseal(sealed, head.nonce, tag, payload.cast("B")) else Fault.BYTES
+
+
 class Framing:
     """Makes and checks the frames of blocks of one layout."""
 
@@ -73,29 +119,16 @@ class Framing:
         Returns None if the block is the one that was saved as `key`. Otherwise the content of
         `payload` is undefined.
         """
-        frame = bytes(frame[:FRAME_BYTES])
-        if len(frame) != FRAME_BYTES or _check(frame[:_CHECKED]) != frame[_CHECKED:]:
-            return Fault.HEAD
-        magic, version, seal, length, layout, written, nonce = _HEAD.unpack(frame[: _HEAD.size])
-        for fault, good in (
-            (Fault.HEAD, magic == _MAGIC),
-            (Fault.VERSION, version == _VERSION),
-            (Fault.SEAL, seal == self.seal.number),
-            (Fault.LAYOUT, layout == self._fingerprint),
-            (Fault.KEY, written == key),
-            (Fault.LENGTH, length == payload.nbytes == self.layout.block_bytes),
-        ):
-            if not good:
-                return fault
-        tag = frame[_HEAD.size : _CHECKED]
-        genuine = self.seal.unseal(self._head(key), nonce, tag, payload.cast("B"))
-        return None if genuine else Fault.BYTES
+        head = read_head(frame)
+        if isinstance(head, Head) and head.layout != self._fingerprint:
+            return Fault.LAYOUT
+        if payload.nbytes != self.layout.block_bytes:
+            return Fault.LENGTH
+        return check_block(frame, head, key, payload, self.seal)
 
     def _head(self, key: bytes, nonce: bytes = b"") -> bytes:
-        return _HEAD.pack(
-            _MAGIC, _VERSION, self.seal.number, self.layout.block_bytes, self._fingerprint, key,
-            nonce,
-        )  # fmt: skip
+        head = Head(self.seal.number, self.layout.block_bytes, self._fingerprint, key, nonce)
+        return head.packed()
 
 
 def _check(data: bytes) -> bytes:

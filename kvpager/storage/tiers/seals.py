@@ -130,6 +130,20 @@ class Encrypted:
         return True
 
 
+def seal_of(number: int, secret: bytes | None) -> Seal:
+    """Return the seal with a frame's `number`. Raises: `ValueError` for a missing or bad secret."""
+    if number == Digest.number:
+        return Digest()
+    kinds: dict[int, type[Mac | Encrypted]] = {Mac.number: Mac, Encrypted.number: Encrypted}
+    if number not in kinds:
+        raise ValueError(f"seal={number}: unknown. Use the release that wrote the blocks.")
+    if secret is None:
+        raise ValueError(
+            f"secret=None: blocks are sealed by {kinds[number].__name__}. Pass its secret."
+        )
+    return kinds[number](secret)
+
+
 def namespace_secret(master: bytes, namespace: str | None) -> bytes:
     """Return the secret of a tenant's content keys, 32 bytes. O(1).
 

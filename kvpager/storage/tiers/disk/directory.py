@@ -37,7 +37,7 @@ class Directory:
         self._lock: int | None = _locked(self.path)
         self._process = os.getpid()
         try:
-            found = self._read()
+            found = read_format(self.path)
             self._check_secret(found, framing)
             wanted = _described(framing)
             if not _same_layout(found, wanted):
@@ -72,15 +72,6 @@ class Directory:
             fcntl.flock(lock, fcntl.LOCK_UN)  # forked children have the descriptor too
         os.close(lock)
 
-    def _read(self) -> dict[str, Any]:
-        """Return what the format file says; nothing if it is missing or damaged."""
-        try:
-            check, _, text = (self.path / _FORMAT).read_bytes().partition(b"\n")
-        except FileNotFoundError:
-            return {}
-        found: dict[str, Any] = json.loads(text) if check == _check(text) else {}
-        return found if found.get("kvpager disk store") == _VERSION else {}
-
     def _check_secret(self, found: dict[str, Any], framing: Framing) -> None:
         if found.get("seal") != framing.seal.number:
             return
@@ -110,6 +101,16 @@ class Directory:
             os.fsync(file)
         new.rename(self.path / _FORMAT)
         self.sync()
+
+
+def read_format(path: Path) -> dict[str, Any]:
+    """Return what the format file in `path` says; nothing if it is missing or damaged. O(1)."""
+    try:
+        check, _, text = (path / _FORMAT).read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return {}
+    found: dict[str, Any] = json.loads(text) if check == _check(text) else {}
+    return found if found.get("kvpager disk store") == _VERSION else {}
 
 
 def _described(framing: Framing) -> dict[str, Any]:

@@ -25,6 +25,11 @@ _NAME = "segment-{:05d}"
 _Transfer = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
 
+def slot_bytes(block_bytes: int) -> int:
+    """Return the bytes of a slot: a page for the frame, and the pages of a block. O(1)."""
+    return PAGE_BYTES + -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
 class Page(NamedTuple):
     """The head page of a slot, and its block as read."""
 
@@ -40,7 +45,7 @@ class Segments:
 
         `intact` are the slots that the files found hold whole. `num_slots` bounds `grow`.
         """
-        self.slot_bytes = PAGE_BYTES + -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+        self.slot_bytes = slot_bytes(block_bytes)
         self._folder, self._slots_per_file, self._block_bytes = folder, slots_per_file, block_bytes
         self._num_slots = num_slots
         self._files: list[int] = []

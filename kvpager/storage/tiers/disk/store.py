@@ -16,7 +16,7 @@ from kvpager.storage.tiers.admission import Admission, Admit
 from kvpager.storage.tiers.checks import check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.disk.directory import TABLE, Directory
-from kvpager.storage.tiers.disk.segments import PAGE_BYTES, Segments
+from kvpager.storage.tiers.disk.segments import Segments, slot_bytes
 from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES, Record, SlotTable
 from kvpager.storage.tiers.disk.slots import Slots
 from kvpager.storage.tiers.frame import FRAME_BYTES, Fault, Framing
@@ -71,9 +71,9 @@ class DiskStore:
         self.name, self._clock = name, clock
         self.losses = Losses()
         self._ttl_ms = _milliseconds(ttl_s)
-        slot_bytes = PAGE_BYTES + -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
-        num_slots = _slots_in(capacity, slot_bytes)
-        each = max(_SEGMENT_BYTES_MIN // slot_bytes, -(-num_slots // _SEGMENTS), 1)
+        each = slot_bytes(layout.block_bytes)
+        num_slots = _slots_in(capacity, each)
+        each = max(_SEGMENT_BYTES_MIN // each, -(-num_slots // _SEGMENTS), 1)
         self.admit, self._admission = admit, Admission(admit, num_slots)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)  # a transfer has ended
