@@ -133,7 +133,7 @@ def gc(
 
 @contextlib.contextmanager
 def _opened(place: str, secret_file: Path | None = None) -> Iterator[Inspector]:
-    from kvpager.storage.tiers.inspection import open_inspector
+    from kvpager.storage.tiers.urls import open_inspector
 
     with wrong_usage():
         secret = None if secret_file is None else secret_file.read_bytes()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from typing import NamedTuple, Protocol
 
 from kvpager.storage.tiers.frame import Fault
@@ -44,26 +42,3 @@ class Inspector(Protocol):
     def close(self) -> None:
         """Release files and connections."""
         ...
-
-
-def open_inspector(place: str, secret: bytes | None = None) -> Inspector:
-    """Open a store to look at it: a directory, `disk:/path`, or the URL of a server.
-
-    `secret`: that of the seal, if it has one. Raises: `ValueError` for another place; `OSError` for
-    one that cannot be read.
-    """
-    scheme, colon, path = place.partition(":")
-    if not colon or scheme == "disk" or os.path.exists(place):
-        from kvpager.storage.tiers.disk.inspector import DiskInspector
-
-        path = path.partition("?")[0] if colon and scheme == "disk" else place
-        return DiskInspector(os.path.expanduser(path), secret)
-    if scheme not in ("valkey", "valkeys", "redis", "rediss", "unix"):
-        raise ValueError(
-            f"place={scheme}:...: expected a directory, or a URL such as valkey://host:6379"
-        )
-    # By name: a store below knows no integration above it.
-    inspector: Inspector = import_module("kvpager.integrations.valkey.inspector").ValkeyInspector(
-        place, secret
-    )
-    return inspector

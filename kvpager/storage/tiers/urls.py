@@ -19,7 +19,9 @@ from urllib.parse import unquote
 from kvpager import _validate as arguments
 from kvpager.blocks.cached import NUM_STORES_MAX
 from kvpager.storage.tiers.disk import DiskStore
+from kvpager.storage.tiers.disk.inspector import DiskInspector
 from kvpager.storage.tiers.host import HostStore
+from kvpager.storage.tiers.inspection import Inspector
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Seal
@@ -99,6 +101,24 @@ def checked_tiers(
     return tuple(listed)
 
 
+def open_inspector(place: str, secret: bytes | None = None) -> Inspector:
+    """Open a store to look at it: a directory, `disk:/path`, or the URL of a server.
+
+    `secret`: that of the seal, if it has one. Raises: `ValueError` for another place; `OSError` for
+    one that cannot be read.
+    """
+    scheme, colon, path = place.partition(":")
+    if not colon or scheme == "disk" or os.path.exists(place):
+        path = path.partition("?")[0] if colon and scheme == "disk" else place
+        return DiskInspector(os.path.expanduser(path), secret)
+    if _FACTORIES.get(scheme) is not _open_valkey:
+        raise ValueError(
+            f"place={scheme}:...: expected a directory, or a URL such as valkey://host:6379"
+        )
+    inspector: Inspector = _valkey().ValkeyInspector(place, secret)
+    return inspector
+
+
 def _is_store(value: object) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("find", "load", "save"))
 
@@ -160,17 +180,20 @@ def _open_valkey(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockSt
         (ours if each.partition("=")[0] in kinds else theirs).append(each)
     options = _options(address, "&".join(ours), kinds)
     url = f"{address}?{'&'.join(theirs)}" if theirs else address
+    store: BlockStore = _valkey().ValkeyStore(url, layout, seal=seal, **options)
+    return store
+
+
+def _valkey() -> Any:
     try:
         # By name: a store below knows no integration above it.
-        valkey = import_module("kvpager.integrations.valkey")
+        return import_module("kvpager.integrations.valkey")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "redis":
             raise
         raise ModuleNotFoundError(
             "redis is not installed. Run: pip install 'kvpager[valkey]'", name="redis"
         ) from None
-    store: BlockStore = valkey.ValkeyStore(url, layout, seal=seal, **options)
-    return store
 
 
 _FACTORIES: dict[str, StoreFactory] = {"host": _open_host, "disk": _open_disk}
