@@ -147,12 +147,12 @@ class Fetching:
         return room
 
     def _attach(self, request_id: Hashable, fetch: Fetch, room: int) -> int:
-        """Attach up to `room` blocks for a request; return how many left staging."""
+        """Attach up to `room` blocks for a request; return how many were copied at most."""
         before = len(fetch.slots)
         tokens = self._tokens_by_store.setdefault(request_id, {})
         for store, count in self._tiering.attach(fetch, room).items():
             tokens[store] = tokens.get(store, 0) + count
-        return before - len(fetch.slots)
+        return min(before - len(fetch.slots), room)  # a useless fetch drops all of its blocks
 
     def _clean(self, room: int) -> None:
         if room:

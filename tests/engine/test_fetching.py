@@ -310,6 +310,35 @@ def test_a_step_copies_no_more_than_its_bytes() -> None:
         assert sum(steps) >= 9 + 12  # loaded and saved
 
 
+def test_a_useless_fetch_leaves_the_next_one_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = store()
+    prompts = [[seed, *PROMPT] for seed in range(2)]
+    with TieredEngine([filled]) as engine:
+        for prompt in prompts:
+            engine.ask(prompt).result(60)
+        engine.saved()
+    filled.is_closed = False
+    attach, calls = Tiering._attach, list[int]()
+
+    def attach_but_the_first(self: Tiering, fetch: Any, count: int) -> dict[str, int] | None:
+        calls.append(count)
+        return None if len(calls) == 1 else attach(self, fetch, count)
+
+    monkeypatch.setattr(Tiering, "_attach", attach_but_the_first)
+    with TieredEngine([filled], max_wait_s=60, step_bytes_max=2 * BLOCK_BYTES) as engine:
+        fetching = engine._fetching
+        assert fetching is not None
+        with engine._lock:  # no step sees one of them alone
+            streams = [engine.ask(prompt) for prompt in prompts]
+            while not all(held.fetch.is_done for held in fetching._held):
+                pass
+        outputs = [stream.result(60) for stream in streams]
+        assert [output.token_ids for output in outputs] == [expected(each, 8) for each in prompts]
+        assert [output.cached_tokens_by_tier for output in outputs] == [{}, {"dict": 40}]
+        assert set(calls) <= {1, 2}
+        engine.saved()
+
+
 def test_requests_with_one_cold_prompt_fetch_each_block_once() -> None:
     slow = store_with_the_prompt()
     with TieredEngine([slow], max_wait_s=60, step_bytes_max=BLOCK_BYTES) as engine:

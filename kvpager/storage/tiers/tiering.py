@@ -172,13 +172,14 @@ class Tiering:
         """
         if not fetch.is_done:
             raise ValueError("fetch: it is not done. Attach it later, or cancel it.")
+        most = len(fetch.slots) if most is None else arguments.count("most", most)
         if most == 0 and fetch.slots:
             return {}
         self._forget(fetch)
         added = None
         try:
             if fetch.slots and not fetch.is_void:
-                added = self._attach(fetch, len(fetch.slots) if most is None else most)
+                added = self._attach(fetch, most)
         finally:
             if added is None:
                 self._staging.give(fetch.take(len(fetch.slots))[0])

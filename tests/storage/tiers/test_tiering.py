@@ -388,6 +388,8 @@ def test_a_fetch_may_be_attached_in_parts(most: int) -> None:
     assert fetch is not None
     finished(fetch)
     assert other.tiering.attach(fetch, 0) == {}
+    with pytest.raises(ValueError, match="most=-1"):
+        other.tiering.attach(fetch, -1)
     parts = []
     while fetch.slots:
         assert other.tiering.begin(prompt(1), mm_hashes=image) is fetch  # shares what is left
