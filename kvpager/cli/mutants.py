@@ -15,7 +15,7 @@ KILLED_LEAST = 0.95
 
 
 def mutants(
-    operations: Operations = 30_000,
+    operations: Operations = 60_000,
     only: Annotated[
         str, typer.Option(metavar="TEXT", help="Only mutants with TEXT in their name or module.")
     ] = "",

@@ -76,7 +76,7 @@ def kill(
     *,
     operations: int = 20_000,
     processes: int = 2,
-    timeout_seconds: float = 120.0,
+    timeout_seconds: float = 300.0,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[Outcome]:
     """Run the kit on each mutant; return outcomes in order. O(mutants * operations).
