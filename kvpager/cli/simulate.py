@@ -16,6 +16,8 @@ from kvpager.cli.options import JsonFile, PlotFile, takes_options
 from kvpager.errors import BadInput
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from kvpager.simulate.replay import Result, Trace
 
 CAPACITIES = (1000, 5859, 10000, 30000, 50000)
@@ -34,6 +36,12 @@ class Options:
         "Eviction policies: lru, priority, lifetime; baselines: s3-fifo, arc, 2q.",
         "NAME,...",
         shown="all",
+    )
+    tiers: str | None = option(
+        "Cache",
+        "Tiers below the pool, in order: host and disk, with their blocks.",
+        "NAME=BLOCKS,...",
+        shown="none",
     )
     generate: int | None = option(
         "Requests", "Generate a trace of N requests.", "N", shown=str(GENERATED)
@@ -75,15 +83,18 @@ def simulate(
     check_plot(plot)
     with wrong_usage():
         capacities, policies = _capacities(options.capacity), _policies(options.policy)
+        tiers = _tiers(options.tiers)
+        if tiers and plot is not None:
+            raise BadInput(f"--plot={plot}: conflicts with --tiers. Give one of the two.")
         replayed = _find_trace(trace, options)
-    results = _replay_all(replayed, capacities, policies, quiet=json_file == "-")
+    results = _replay_all(replayed, capacities, policies, tiers, quiet=json_file == "-")
     if plot is not None:
         _draw(plot, replayed, results)
     write_json(json_file, summary(replayed, results))
     if json_file != "-":
         if trace is None and options.generate is None and options.kind is None:
             typer.echo("No TRACE given: generating one.")
-        _show_hit_ratios(replayed, results)
+        _show(replayed, results)
         name_files(figures=json_file, plot=plot)
 
 
@@ -111,6 +122,26 @@ def _policies(wanted: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _tiers(wanted: str | None) -> dict[str, int]:
+    if wanted is None:
+        return {}
+    from kvpager import _validate as arguments
+    from kvpager.simulate.tiers import TIERS
+
+    sizes: dict[str, int] = {}
+    for tier in wanted.split(","):
+        name, _, size = (part.strip() for part in tier.partition("="))
+        if not name or not size.isdecimal():
+            example = "such as host=20000,disk=200000"
+            raise BadInput(f"--tiers={tier}: expected name=blocks, {example}.")
+        if name not in TIERS:
+            raise BadInput(f"--tiers={tier}: expected one of {', '.join(TIERS)}.")
+        if name in sizes:
+            raise BadInput(f"--tiers={tier}: {name} is repeated. Name each tier once.")
+        sizes[name] = arguments.count("tiers", int(size), at_least=1)
+    return sizes
+
+
 def _find_trace(path: str | None, options: Options) -> Trace:
     from kvpager import _validate as arguments
     from kvpager.simulate.generate import GENERATED_MAX, generate_trace
@@ -127,12 +158,19 @@ def _find_trace(path: str | None, options: Options) -> Trace:
 
 
 def _replay_all(
-    trace: Trace, capacities: list[int], policies: list[str], quiet: bool
+    trace: Trace,
+    capacities: list[int],
+    policies: list[str],
+    tiers: dict[str, int],
+    quiet: bool,
 ) -> list[Result]:
+    """Replay each policy at each capacity; the offline optimum last, if there are no tiers."""
     from tqdm import tqdm
 
     from kvpager.simulate.replay import offline_optimum, replay
 
+    if tiers:
+        from kvpager.simulate.tiers import replay_tiers
     results = []
     total = len(trace.prompts) * len(capacities) * len(policies)
     hidden = quiet or None  # tqdm's None: on a terminal only
@@ -140,40 +178,38 @@ def _replay_all(
         for capacity in capacities:
             for policy in policies:
                 bar.set_description(f"{policy}, {capacity} blocks")
-                results.append(replay(trace, capacity, policy, bar.update))
-            results.append(offline_optimum(trace, capacity))
+                if tiers:
+                    results.append(replay_tiers(trace, capacity, policy, tiers, bar.update))
+                else:
+                    results.append(replay(trace, capacity, policy, bar.update))
+            if not tiers:
+                results.append(offline_optimum(trace, capacity))
     return results
 
 
-def _show_hit_ratios(trace: Trace, results: list[Result]) -> None:
+def _show(trace: Trace, results: list[Result]) -> None:
     from rich.console import Console
-
-    from kvpager.bench import tables
 
     console = Console(highlight=False)
     console.print(
         f"{trace.name}: {counted(len(trace.prompts), 'request')}, "
         f"{counted(trace.num_blocks, 'block')}, "
-        f"{trace.num_prefixes} of them distinct\nhit ratio by pool size:",
+        f"{trace.num_prefixes} of them distinct\nhit ratio by "
+        f"{'tier, and blocks written to each' if results[0].tiers else 'pool size'}:",
         markup=False,
     )
     by_size: dict[int, list[Result]] = {}
     for result in results:
         by_size.setdefault(result.capacity, []).append(result)
-    policies = [result.policy for result in next(iter(by_size.values()))]
-    columns = [
-        tables.Column(
-            f"{capacity:,} blocks".replace(" ", "\n"),
-            [f"{each.hit_ratio:.4f}" for each in found] + [f"{trace.unlimited:.4f}"],
-        )
-        for capacity, found in by_size.items()
-    ]
-    tables.show(console, "policy", [*policies, "unlimited"], columns)
-    optimum = policies[-1]  # the offline optimum is replayed last
-    for result in results:
-        if result.policy == optimum and result.too_long:
+    if results[0].tiers:
+        for found in by_size.values():
+            _show_tiers(console, trace, found)
+    else:
+        _show_hit_ratios(console, trace, by_size)
+    for found in by_size.values():
+        if too_long := found[-1].too_long:  # the same for all policies
             console.print(
-                f"Prompts longer than {counted(result.capacity, 'block')}: {result.too_long}. "
+                f"Prompts longer than {counted(found[-1].capacity, 'block')}: {too_long}. "
                 "Their hits count, but they are never cached.",
                 markup=False,
             )
@@ -182,6 +218,44 @@ def _show_hit_ratios(trace: Trace, results: list[Result]) -> None:
             f"{counted(len(trace.skipped), 'line')} skipped, the first: {trace.skipped[0]}",
             markup=False,
         )
+
+
+def _show_hit_ratios(console: Console, trace: Trace, by_size: dict[int, list[Result]]) -> None:
+    from kvpager.bench import tables
+
+    policies = [result.policy for result in next(iter(by_size.values()))]
+    columns = [
+        tables.Column(
+            _sized(capacity),
+            [f"{each.hit_ratio:.4f}" for each in found] + [f"{trace.unlimited:.4f}"],
+        )
+        for capacity, found in by_size.items()
+    ]
+    tables.show(console, "policy", [*policies, "unlimited"], columns)
+
+
+def _show_tiers(console: Console, trace: Trace, results: list[Result]) -> None:
+    """Show the results of one pool size."""
+    from kvpager.bench import tables
+
+    def ratios(hits: list[int]) -> list[str]:
+        return [f"{each / max(trace.num_blocks, 1):.4f}" for each in hits]
+
+    pool = [result.hits for result in results]
+    totals = [result.hits + sum(tier.hits for tier in result.tiers) for result in results]
+    columns = [tables.Column(f"pool\n{_sized(results[0].capacity)}", ratios(pool))]
+    written = []
+    for tiers in zip(*(result.tiers for result in results), strict=True):
+        name, size = tiers[0].name, _sized(tiers[0].capacity)
+        columns.append(tables.Column(f"{name}\n{size}", ratios([tier.hits for tier in tiers])))
+        writes = [f"{tier.written:,}" for tier in tiers]
+        written.append(tables.Column(f"written\nto {name}", writes))
+    columns += [tables.Column("all", ratios(totals)), *written]
+    tables.show(console, "policy", [result.policy for result in results], columns)
+
+
+def _sized(capacity: int) -> str:
+    return f"{capacity:,}\nblocks"
 
 
 def _draw(file: str, trace: Trace, results: list[Result]) -> None:

@@ -70,20 +70,31 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True)
+class TierResult:
+    """What one tier below the pool served and took, in blocks."""
+
+    name: str
+    capacity: int
+    hits: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """The result of one policy on one trace."""
 
     policy: str
     capacity: int
-    hits: int
+    hits: int  # in the pool
     blocks: int
     evicted: int
     too_long: int  # requests longer than the pool
     seconds: float
+    tiers: tuple[TierResult, ...] = ()
 
     @property
     def hit_ratio(self) -> float:
-        """The share of requested blocks that were found. O(1)."""
+        """The share of requested blocks that were found in the pool. O(1)."""
         return self.hits / max(self.blocks, 1)
 
 

@@ -289,15 +289,36 @@ def test_skipped_lines_and_long_prompts_are_reported(tmp_path: Path) -> None:
     assert "Prompts longer than 1 block: 1. Their hits count" in result.stdout
 
 
-def test_a_trace_is_generated_without_importing_torch(tmp_path: Path) -> None:
+def test_tiers_have_their_own_columns(tmp_path: Path) -> None:
+    path = write(tmp_path, *(line([n, n + 1]) for n in (1, 1, 3, 5, 3)))
+    arguments = [str(path), "--capacity", "4,2", "--policy", "lru,arc", "--tiers", "host=6,disk=9"]
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "hit ratio by tier, and blocks written to each:" in result.stdout
+    rows = [row.split() for row in result.stdout.splitlines() if row.strip()]
+    assert [row for row in rows if row[0] == "pool"] == [["pool", "host", "disk"]] * 2
+    assert [row[1:] for row in rows if row[0] == "lru"] == [
+        ["0.2000", "0.2000", "0.0000", "0.4000", "6", "6"],
+        ["0.4000", "0.0000", "0.0000", "0.4000", "6", "6"],
+    ]
+    found = json.loads(call(*arguments, "--json", "-").stdout)["results"]
+    assert [each["policy"] for each in found] == ["lru", "arc"] * 2
+    assert found[0]["tiers"] == [
+        {"name": "host", "capacity": 6, "hits": 2, "written": 6},
+        {"name": "disk", "capacity": 9, "hits": 0, "written": 6},
+    ]
+
+
+@pytest.mark.parametrize("more", [[], ["--tiers", "host=30,disk=90"]])
+def test_a_trace_is_generated_without_importing_torch(more: list[str]) -> None:
     for name in ("typer", "rich", "tqdm"):
         pytest.importorskip(name)
     code = (
         "import sys, kvpager.cli.app as c, kvpager.cli.simulate as s; s.GENERATED = 50; "
-        "sys.argv[1:] = ['simulate', '--capacity', '20']\n"
+        "sys.argv[1:1] = ['simulate', '--capacity', '20']\n"
         "try: c.app()\nfinally: print('torch' in sys.modules)"
     )
-    result = run(code=code)
+    result = run(*more, code=code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("No TRACE given: generating one.\ngenerated mixed, 50 ")
     assert result.stdout.endswith("False\n")
@@ -339,6 +360,17 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
             ["--policy", "lru,best"],
             "--policy=best: expected one of lru, priority, lifetime",
         ),
+        (
+            ["--tiers", "lots"],
+            "--tiers=lots: expected name=blocks, such as host=20000,disk=200000.",
+        ),
+        (["--tiers", "host=9,"], "--tiers=: expected name=blocks"),
+        (["--tiers", "host=-9"], "--tiers=host=-9: expected name=blocks"),
+        (["--tiers", "tape=9"], "--tiers=tape=9: expected one of host, disk."),
+        (["--tiers", "host=9,host=8"], "--tiers=host=8: host is repeated. Name each tier once."),
+        (["--tiers", "host=0"], "--tiers=0: expected at least 1"),
+        (["--tiers", "host=3000000000"], "--tiers=3000000000: expected at most"),
+        (["--tiers", "host=9", "--plot", "x.svg"], "--plot=x.svg: conflicts with --tiers."),
         (["--plot", "x.pdf"], "--plot=x.pdf: expected a .png or .svg file"),
         (["--plot", "no/such/x.png"], "in a folder that exists"),
         (["--json", "no/such/x.json"], "expected a file in a folder that exists"),
