@@ -132,7 +132,8 @@ def test_callbacks_between_steps_keep_cached_prefixes() -> None:
         thread.join()
 
     with ToyEngine() as engine:
-        engine.between_steps.append(note)
+        with engine.pause():  # no step is under way
+            engine.between_steps.append(note)
         engine.ask(prompt, 3).result()
         engine.ask(prompt, 3).result()
         assert {0, 1, 2, 3, 4} <= set(calls)
