@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvpager._options import option
+from kvpager.bench.options import option
 from kvpager.bench.throughput.systems import Options as SystemOptions
 from kvpager.bench.throughput.systems import check_names, usual
 from kvpager.cli.errors import wrong_usage

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvpager._options import option
+from kvpager.bench.options import option
 from kvpager.cli.errors import no_such_option, one_line_errors, wrong_usage
 from kvpager.cli.options import names_of, takes_options
 from kvpager.errors import BadInput

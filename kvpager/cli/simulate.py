@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpager._options import option
 from kvpager._text import counted
+from kvpager.bench.options import option
 from kvpager.cli.errors import wrong_usage
 from kvpager.cli.files import check_plot, check_writable, name_files, write_json
 from kvpager.cli.options import JsonFile, PlotFile, takes_options

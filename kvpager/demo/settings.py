@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpager._options import option
+from kvpager.bench.options import option
 from kvpager.errors import BadInput
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvpager._options import option
+from kvpager.bench.options import option
 
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Run
