@@ -45,26 +45,9 @@ def replay_tiers(
     request. O(requests * capacity + blocks * log blocks). Raises: `TypeError`, `ValueError`.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
-    # One more block, as in `replay`. A pool of twice all prefixes already evicts and saves nothing
-    # ahead of time, and a tier of all prefixes is never full: more would only cost memory.
-    num_blocks = min(capacity, 2 * trace.num_prefixes) + 1
     sizes = [arguments.count("tiers", size, at_least=1) for size in tiers.values()]
-    stores = [
-        TIERS[name](min(size, trace.num_prefixes), layout=_LAYOUT)
-        for name, size in zip(tiers, sizes, strict=True)
-    ]
-    manager = BlockManager(num_blocks, 1, eviction=COMPARED[policy](num_blocks))
     slots = _Slots(2 * max(map(len, trace.prompts)) + _CLEANED)
-    # `Tiering` would count the one more block, too.
-    is_choosy = any(admission(store, "auto", capacity) is not None for store in stores)
-    tiering = Tiering(
-        manager,
-        slots,
-        stores,
-        lambda namespace, lora: KeyContext(_LAYOUT.text, "simulated"),
-        max_wait_s=arguments.SECONDS_MAX,
-        admit="auto" if is_choosy else "always",
-    )
+    manager, tiering = _parts(trace, capacity, policy, dict(zip(tiers, sizes, strict=True)), slots)
     hits, num_loaded, too_long = 0, Counter[int](), 0
     start = time.perf_counter()
     with closing(tiering):
@@ -83,12 +66,36 @@ def replay_tiers(
         seconds = time.perf_counter() - start
         counts = tuple(
             TierResult(store.name, size, num_loaded[number], store.stats().saved)
-            for number, (store, size) in enumerate(zip(stores, sizes, strict=True))
+            for number, (store, size) in enumerate(zip(tiering.stores, sizes, strict=True))
         )
     evicted = manager.queries.num_evicted_blocks
     return Result(
         policy, capacity, hits, trace.num_blocks, evicted, too_long, seconds, tiers=counts
     )
+
+
+def _parts(
+    trace: Trace, capacity: int, policy: str, sizes: Mapping[str, int], slots: _Slots
+) -> tuple[BlockManager, Tiering]:
+    """Make the pool and its tiers."""
+    # One more block, as in `replay`. A pool of twice all prefixes already evicts and saves nothing
+    # ahead of time, and a tier of all prefixes is never full: more would only cost memory.
+    num_blocks = min(capacity, 2 * trace.num_prefixes) + 1
+    manager = BlockManager(num_blocks, 1, eviction=COMPARED[policy](num_blocks))
+    stores = [
+        TIERS[name](min(size, trace.num_prefixes), layout=_LAYOUT) for name, size in sizes.items()
+    ]
+    # `Tiering` would count the one more block, too.
+    is_choosy = any(admission(store, "auto", capacity) is not None for store in stores)
+    tiering = Tiering(
+        manager,
+        slots,
+        stores,
+        lambda namespace, lora: KeyContext(_LAYOUT.text, "simulated"),
+        max_wait_s=arguments.SECONDS_MAX,
+        admit="auto" if is_choosy else "always",
+    )
+    return manager, tiering
 
 
 def _fetch(tiering: Tiering, slots: _Slots, tokens: Int32) -> list[int]:

@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b, shake_128
 
@@ -58,6 +59,12 @@ def _read(outcomes: Outcomes, count: int) -> list[int]:
     assert outcomes.shape == (count,)
     values: list[int] = outcomes.tolist()
     return values
+
+
+def _in_threads(work: Callable[[int], None], count: int) -> None:
+    """Call `work` with a number in each of `count` threads; raise what one of them raised."""
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(work, range(count)))
 
 
 class StoreConformance:
@@ -304,8 +311,6 @@ class StoreConformance:
         assert stats.saved_bytes == 6 * self.block_bytes
         assert stats.block_bytes == self.block_bytes
 
-    # ---------------------------------------------------------------- close
-
     def test_a_closed_store_offers_and_takes_nothing(self, store: BlockStore) -> None:
         save(store, [key_of(0)])
         store.close()
@@ -320,7 +325,7 @@ class StoreConformance:
         store.close()
         assert store.stats().saved == 1
 
-    # ---------------------------------------------------------------- histories
+    # ---------------------------------------------------------------- histories and threads
 
     def test_any_history_serves_what_was_saved_first(self) -> None:
         for seed in self.seeds:
@@ -328,49 +333,32 @@ class StoreConformance:
                 self._play(store, random.Random(seed), steps=120)
 
     def test_threads_get_the_bytes_of_their_keys(self, store: BlockStore) -> None:
-        failed: list[BaseException] = []
-
         def work(seed: int) -> None:
             chosen = random.Random(seed)
-            try:
-                for _ in range(40):
-                    keys = [key_of(chosen.randrange(3 * self.num_blocks)) for _ in range(4)]
-                    calls: list[Callable[[BlockStore, list[bytes]], object]]
-                    calls = [save, save, self._check_offered, self._find_and_drop]
-                    chosen.choice(calls)(store, keys)
-            except BaseException as error:
-                failed.append(error)
+            for _ in range(40):
+                keys = [key_of(chosen.randrange(3 * self.num_blocks)) for _ in range(4)]
+                calls: list[Callable[[BlockStore, list[bytes]], object]]
+                calls = [save, save, self._check_offered, self._find_and_drop]
+                chosen.choice(calls)(store, keys)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not failed, failed[0]
+        _in_threads(work, 6)
         assert store.stats().bad == 0
 
     def test_a_store_may_be_closed_while_threads_use_it(self, keys: list[bytes]) -> None:
         with self.opened() as store:
             save(store, keys)
-            begun, failed = threading.Barrier(5), list[BaseException]()
+            begun = threading.Barrier(5)
 
-            def work() -> None:
+            def work(number: int) -> None:
                 begun.wait()
-                try:
-                    for _ in range(20):
-                        self._check_offered(store, keys[:4])
-                        save(store, keys[:4])
-                except BaseException as error:
-                    failed.append(error)
+                if number == 0:
+                    store.close()
+                    return
+                for _ in range(20):
+                    self._check_offered(store, keys[:4])
+                    save(store, keys[:4])
 
-            threads = [threading.Thread(target=work) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            begun.wait()
-            store.close()
-            for thread in threads:
-                thread.join()
-            assert not failed, failed[0]
+            _in_threads(work, 5)
 
     # ---------------------------------------------------------------- kept and damaged blocks
 
