@@ -26,6 +26,15 @@ def test_the_paged_decoder_agrees_with_plain_attention() -> None:
     assert "is attention over plain tensors" in output
 
 
+def test_a_prompt_is_found_on_disk_after_a_restart() -> None:
+    pytest.importorskip("xxhash")
+    output = run("examples/tiers.py", cwd=ROOT)
+    assert output.splitlines() == [
+        "fetched: {} computed: 100 tokens",
+        "fetched: {'disk': 96} computed: 4 tokens",
+    ]
+
+
 SAID = {
     "generate": ["paged: 6 layers, full attention", "the same tokens as without kvpager: True"],
     "chat": ["user: What does", "assistant: if the sequence", "(288 of 318 prompt tokens were"],
@@ -85,10 +94,17 @@ def imported(source: str) -> set[str]:
     return {name for name in found if name.split(".")[0] == "kvpager"}
 
 
+_DEEPER = {
+    "kvpager.testing.": 4,
+    "kvpager.integrations.huggingface.": 4,
+    "kvpager.storage.": 5,  # as the guide of tiers imports them
+}
+
+
 def is_public(name: str) -> bool:
-    """True for names of `kvpager` and its first folders, and the modules of `kvpager.testing`."""
+    """True for names of `kvpager` and its first folders, and of the modules in `_DEEPER`."""
     parts = name.split(".")
-    most = 4 if name.startswith(("kvpager.testing.", "kvpager.integrations.huggingface.")) else 3
+    most = next((most for start, most in _DEEPER.items() if name.startswith(start)), 3)
     return len(parts) <= most and not any(part.startswith("_") for part in parts)
 
 
