@@ -89,7 +89,7 @@ bench-generate: $(STAMP) ## what a token costs in generate, paged and not
 bench-prompts: $(STAMP) ## what beams, shared beginnings and padding cost, paged and not
 	@$(BIN)/python benchmarks/prompts.py $(ARGS)
 
-bench-tiers: $(STAMP) ## stores of cached blocks beside the raw device and client
+bench-tiers: $(STAMP) ## stores of cached blocks beside the raw device and client; one part with ARGS='--only first-token'
 	@$(BIN)/python benchmarks/tiers.py $(ARGS)
 
 bench-memory: $(STAMP) ## what keys and values take; draws it with ARGS='--plot FILE.svg'

@@ -10,6 +10,13 @@ gigabyte.
 `valkey`: blocks in a valkey-server of this machine, over TCP and over a Unix socket, saved and
 loaded by a `ValkeyStore`, by redis-py, and by `sendmsg` and `recv_into` on a socket.
 
+`first-token`: time to the first token of a prompt that an engine computes, or finds: in a
+valkey-server or on a disk, where another process saved it, or in host memory, after it left the
+device. `raw` is the time of `recv_into` for the same bytes. `of_goal` divides by 1.3 times that
+plus 50 ms.
+
+`steps`: time of a step of 8 rows, alone and while a thread loads or saves 100 MB/s.
+
 `of_raw` figures are ratios: for `wall` the share of raw bandwidth, for `cpu` the multiple of raw
 time. `cpu_redis_py` is the multiple of kvpager's time that redis-py takes.
 """
@@ -208,7 +215,22 @@ def _valkey(url: str, name: str, block_bytes: int, count: int, repeats: int) -> 
     client.close()
 
 
-PARTS = {"disk": disk, "valkey": valkey}
+# -------------------------------------------------------------------- an engine
+
+
+def first_token(args: argparse.Namespace) -> None:
+    from benchmarks import tiers_engine  # the only parts that need torch and transformers
+
+    tiers_engine.first_token(args)
+
+
+def steps(args: argparse.Namespace) -> None:
+    from benchmarks import tiers_engine
+
+    tiers_engine.steps(args)
+
+
+PARTS = {"disk": disk, "valkey": valkey, "first-token": first_token, "steps": steps}
 
 
 def main() -> None:
@@ -217,6 +239,10 @@ def main() -> None:
     parser.add_argument("--kib", type=int, nargs="+", default=[2048, 256], help="KiB of a block")
     parser.add_argument("--mib", type=int, default=256, help="MiB moved in a run")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
+    parser.add_argument("--prompt", type=int, default=3000, help="tokens of a prompt")
+    parser.add_argument("--steps", type=int, default=128, help="steps of a batch")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the model")
     parser.add_argument("--folder", type=Path, help="where files are made (default: the system's)")
     args = parser.parse_args()
     about = {"platform": platform.platform(), "python": platform.python_version()}

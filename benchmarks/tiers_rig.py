@@ -17,8 +17,9 @@ BATCH = 16  # blocks of a call
 NEVER = math.inf
 
 
-def add(name: str, value: float, unit: str) -> None:
-    print(json.dumps({"name": name, "value": float(f"{value:.4g}"), "unit": unit}), flush=True)
+def add(name: str, value: float, unit: str, **more: object) -> None:
+    line = {"name": name, "value": float(f"{value:.4g}"), "unit": unit, **more}
+    print(json.dumps(line), flush=True)
 
 
 def note(text: str) -> None:

