@@ -28,7 +28,7 @@ class Truncation:
             first = int(rows.first_blocks[member]) * state.block_size
             if first > (length if window is None else first_visible(length, window)):
                 raise ValueError(
-                    f"length={length}: the blocks before token {first} were dropped. "
+                    f"length={length}: the blocks before token {first} were released. "
                     "Allocate a new sequence."
                 )
         state.change.begin()

@@ -31,9 +31,9 @@ class AdmissionPolicy:
     ) -> None:
         self._placement = placement
         self._manager, self._table = placement.manager, placement.table
-        self._max_queue_size = max_queue_size
-        self._max_model_len = max_model_len
-        self._watermark = watermark
+        self.max_queue_size = max_queue_size
+        self.max_model_len = max_model_len
+        self.watermark = watermark
         stats = self._manager.stats()
         usable = stats.num_held + stats.num_cached + stats.num_kept + stats.num_free
         self._num_reserved = stats.num_blocks - usable  # 1 if the manager has a null block, else 0
@@ -54,7 +54,7 @@ class AdmissionPolicy:
                 "Lower n or raise max_num_seqs."
             )
         what += f" {num_prompt} prompt tokens and {request.max_new_tokens} new tokens"
-        most = self._max_model_len
+        most = self.max_model_len
         if most is not None and num_prompt + request.max_new_tokens > most:
             raise ValueError(
                 f"{what} exceed max_model_len={most}. Shorten the prompt or lower max_new_tokens."
@@ -72,8 +72,8 @@ class AdmissionPolicy:
     def refuse_overflow(self) -> None:
         """Raise `QueueFull` if the queue is full. O(1)."""
         num_waiting = self._table.policy.num_waiting
-        if self._max_queue_size is not None and num_waiting >= self._max_queue_size:
-            raise QueueFull(num_waiting, self._max_queue_size)
+        if self.max_queue_size is not None and num_waiting >= self.max_queue_size:
+            raise QueueFull(num_waiting, self.max_queue_size)
 
     # ---------------------------------------------------------------- start and resume
 
@@ -190,7 +190,7 @@ class AdmissionPolicy:
         """
         if not self._table.running:
             return 0
-        reserve = int(np.ceil(self._watermark * self._num_usable))
+        reserve = int(np.ceil(self.watermark * self._num_usable))
         if state.status is Status.WAITING:
             return reserve
         return max(reserve, self._table.count_seqs()) + len(state.seq_ids)

@@ -102,10 +102,11 @@ class Scheduler:
         self.manager = manager
         self.max_batch_tokens = arguments.count("max_batch_tokens", max_batch_tokens, at_least=1)
         num_seqs = arguments.count("max_num_seqs", max_num_seqs, at_least=1)
-        self.max_num_seqs = min(num_seqs, self.max_batch_tokens)
-        self.max_queue_size = _count_or_none("max_queue_size", max_queue_size)
-        self.max_model_len = _count_or_none("max_model_len", max_model_len)
-        self.watermark = arguments.number("watermark", watermark, at_least=0, at_most=1)
+        limits = (
+            _count_or_none("max_queue_size", max_queue_size),
+            _count_or_none("max_model_len", max_model_len),
+            arguments.number("watermark", watermark, at_least=0, at_most=1),
+        )
         if watermark == 1:
             raise ValueError(f"watermark={watermark}: expected 0 <= watermark < 1.")
         self.prefix_cache = arguments.flag("prefix_cache", prefix_cache)
@@ -113,9 +114,8 @@ class Scheduler:
         self.clock = clock
         self._lock: AbstractContextManager[Any] = threading.RLock()
         self._change = Change(self)
-        self._table = RequestTable(make_policy(policy), self.max_num_seqs)
+        self._table = RequestTable(make_policy(policy), min(num_seqs, self.max_batch_tokens))
         placement = Placement(manager, self._table, costs or PreemptionCosts(), prefix_cache)
-        limits = self.max_queue_size, self.max_model_len, self.watermark
         self._placement = placement
         self._admission = AdmissionPolicy(placement, *limits)
         self._rows = Rows(placement)
@@ -359,6 +359,26 @@ class Scheduler:
     def request_ids(self) -> list[Hashable]:
         """The ids of the live requests, by arrival. O(requests)."""
         return list(self._table.live)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The maximum number of sequences on the device. O(1)."""
+        return self._table.max_num_seqs
+
+    @property
+    def max_queue_size(self) -> int | None:
+        """The maximum number of waiting requests, or None. O(1)."""
+        return self._admission.max_queue_size
+
+    @property
+    def max_model_len(self) -> int | None:
+        """The maximum tokens of a sequence, or None. O(1)."""
+        return self._admission.max_model_len
+
+    @property
+    def watermark(self) -> float:
+        """The share of blocks that stays available when a request starts. O(1)."""
+        return self._admission.watermark
 
     def stats(self) -> SchedulerStats:
         """Return current counts, and totals since the start. O(running)."""

@@ -132,3 +132,12 @@ def test_the_prompt_is_copied() -> None:
     scheduler.submit(Request(request_id="a", prompt=prompt, max_new_tokens=2))
     prompt[:] = 9
     assert step(scheduler).token_ids.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_queue_size", "max_model_len", "watermark"])
+def test_a_limit_cannot_be_changed(name: str) -> None:
+    scheduler = Scheduler(BlockManager(4, 4), max_queue_size=3, max_model_len=9, watermark=0.5)
+    before = getattr(scheduler, name)
+    with pytest.raises(AttributeError):
+        setattr(scheduler, name, 1)
+    assert getattr(scheduler, name) == before
