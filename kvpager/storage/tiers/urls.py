@@ -1,4 +1,4 @@
-"""Stores by URL: `host:32GiB`, `disk:/path?capacity=200GiB`, `valkey://cache:6379`.
+"""Stores by URL: `host:32GiB`, `disk:/path?capacity=200GiB`, `valkey://cache:6379`, `nixl:/path`.
 
 Another package adds a scheme with an entry point, a `StoreFactory`:
 
@@ -47,6 +47,7 @@ def open_store(url: str, *, layout: BlockLayout, seal: Seal | None = None) -> Bl
     `host:32GiB` is a `HostStore`. `disk:/path?capacity=200GiB` is a `DiskStore`, with the options
     `admit` and `ttl_s`. `valkey://host:6379`, `redis://`, `unix://`, and with TLS `valkeys://`,
     `rediss://`, are a `ValkeyStore`, with the options `ttl_s`, `timeout_s` and redis-py's.
+    `nixl:/path?capacity=200GiB&backend=POSIX` is a `NixlStore`; other options are the backend's.
 
     `seal`: `Digest()` unless given. Other schemes are entry points of the group `kvpager.tiers`.
     Raises: `ValueError`, `TypeError` for a bad URL; `ModuleNotFoundError` for a missing extra.
@@ -161,15 +162,39 @@ def _open_host(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStor
 
 
 def _open_disk(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
-    place, _, query = url.partition(":")[2].partition("?")
+    path, query = _path(url)
+    options = _sized(url, query, {"capacity": str, "admit": str, "ttl_s": float})
+    return DiskStore(path, layout=layout, seal=seal, **options)
+
+
+def _open_nixl(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
+    path, query = _path(url)
+    names = [each.partition("=")[0] for each in query.split("&")]  # some are the backend's own
+    given = _sized(url, query, dict.fromkeys(["capacity", "backend", *filter(None, names)], str))
+    ours = {name: given.pop(name) for name in ("capacity", "backend") if name in given}
+    # By name: a store below knows no integration above it.
+    nixl = import_module("kvpager.integrations.nixl")
+    store: BlockStore = nixl.NixlStore(path, layout=layout, seal=seal, options=given, **ours)
+    return store
+
+
+def _path(url: str) -> tuple[str, str]:
+    """Return the path of a URL without a host, and its options."""
+    scheme, _, rest = url.partition(":")
+    place, _, query = rest.partition("?")
     host, slashes, path = place.removeprefix("//").partition("/")
     path = unquote(slashes + path if place.startswith("//") else place)
     if not path or (place.startswith("//") and host):
-        raise ValueError(f"url={url!r}: expected a path, such as disk:/var/cache/kv")
-    options = _options(url, query, {"capacity": str, "admit": str, "ttl_s": float})
+        raise ValueError(f"url={_shown(url)}: expected a path, such as {scheme}:/var/cache/kv")
+    return os.path.expanduser(path), query
+
+
+def _sized(url: str, query: str, kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """Read `name=value&..`, with a capacity. Raises: `ValueError`."""
+    options = _options(url, query, kinds)
     if "capacity" not in options:
-        raise ValueError(f"url={url!r}: add the size of the store, such as ?capacity=200GiB")
-    return DiskStore(os.path.expanduser(path), layout=layout, seal=seal, **options)
+        raise ValueError(f"url={_shown(url)}: add the size of the store, such as ?capacity=200GiB")
+    return options
 
 
 def _open_valkey(url: str, *, layout: BlockLayout, seal: Seal | None) -> BlockStore:
@@ -198,6 +223,7 @@ def _valkey() -> Any:
 
 _FACTORIES: dict[str, StoreFactory] = {"host": _open_host, "disk": _open_disk}
 _FACTORIES |= dict.fromkeys(("valkey", "valkeys", "redis", "rediss", "unix"), _open_valkey)
+_FACTORIES["nixl"] = _open_nixl
 
 
 def _options(url: str, query: str, kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
