@@ -15,6 +15,7 @@ pytest.importorskip("xxhash")
 from typer.testing import CliRunner
 
 from kvpager.cli.app import app
+from kvpager.storage.tiers import frame
 from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.seals import Mac, Seal
@@ -87,7 +88,7 @@ def test_verify_finds_and_drops_damaged_blocks(folder: Path) -> None:
     damage(folder, 5)
     result = call("verify", str(folder))
     assert result.exit_code == 1
-    assert result.stdout == "10 blocks: refused 2 by their bytes\n"
+    assert result.stdout == "10 blocks: 2 damaged (bytes), dropped\n"
     assert call("verify", str(folder)).stdout == "8 blocks: all whole\n"
 
 
@@ -162,6 +163,28 @@ def test_the_blocks_of_a_server_are_listed_verified_and_deleted(tmp_path: Path) 
         assert figures("gc", server.url, "--older-than", "1d") == {"blocks": 3, "deleted": 0}
         assert figures("gc", server.url, "--older-than", "0s")["blocks"] == 3
         assert b"of another program" in server.names()
+    finally:
+        server.stop()
+
+
+def test_verify_keeps_blocks_of_another_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("redis")
+    from kvpager.integrations.valkey import ValkeyStore
+
+    server = valkey(tmp_path)
+    try:
+        store = ValkeyStore(server.url, LAYOUT)
+        save(store, [key_of(0)])
+        with monkeypatch.context() as later:
+            later.setattr(frame, "_VERSION", 2)
+            save(store, [key_of(1)])
+        store.close()
+        result = call("verify", server.url)
+        assert result.exit_code == 1
+        assert result.stdout == "2 blocks: 1 of another version, kept\n"
+        assert figures("ls", server.url)["blocks"] == 2
     finally:
         server.stop()
 
