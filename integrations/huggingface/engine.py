@@ -60,7 +60,7 @@ from kvpager.integrations.huggingface.runner.prompt_reader import (
 from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
 from kvpager.integrations.huggingface.runner.setting_checks import refuse_request_settings
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
-from kvpager.integrations.huggingface.runner.tiers import begun_over, open_tiers, refuse_tiers
+from kvpager.integrations.huggingface.runner.tiers import open_tiers, refuse_tiers, start_with_tiers
 from kvpager.integrations.huggingface.runner.wrappers import unwrapped
 from kvpager.scheduling.request import Request
 
@@ -163,7 +163,7 @@ class Engine:
             on_begin=functools.partial(torch.set_num_threads, torch.get_num_threads()),
             on_end=switch.release,
         )
-        return functools.partial(begun_over, tiers, begin)
+        return functools.partial(start_with_tiers, tiers, begin)
 
     def __repr__(self) -> str:
         # Without locks: a debugger may ask while another thread has them.

@@ -35,7 +35,9 @@ def refuse_tiers(model: Any, info: ModelInfo) -> None:
     elif any(info.windows):
         reason = "it has layers with sliding windows, whose blocks are freed behind the window"
     if reason is not None:
-        raise KVPagerError(f"tiers: {type(model).__name__} has none: {reason}. Leave tiers out.")
+        raise KVPagerError(
+            f"tiers: {type(model).__name__} cannot use them: {reason}. Leave tiers out."
+        )
 
 
 class ModelTiers(NamedTuple):
@@ -46,7 +48,7 @@ class ModelTiers(NamedTuple):
     version: int
 
     def refuse_change(self) -> None:
-        """Raise `KVPagerError` if the model changed since it was named. O(weights)."""
+        """Raise `KVPagerError` if the model changed since its id was computed. O(weights)."""
         if self.watch.look().version != self.version:
             raise KVPagerError("tiers: the model changed while its engine was made. Make it again.")
 
@@ -65,10 +67,9 @@ def open_tiers(
     """
     if not config.tiers:
         return None
-    # As `refuse_tiers` and `costs_of` made sure.
-    assert isinstance(manager, BlockManager)
-    assert watch is not None
-    assert costs is not None
+    assert isinstance(manager, BlockManager)  # `refuse_tiers` made sure
+    assert watch is not None  # `EngineConfig._check_tiers`: no prefix_cache=False
+    assert costs is not None  # `costs_of` measures them for tiers
     state = watch.look()
     if state.doubt is not None:
         raise KVPagerError(f"tiers: {type(model).__name__} shares no prefixes: {state.doubt}.")
@@ -90,8 +91,8 @@ def open_tiers(
     return ModelTiers(tiering, watch, state.version)
 
 
-def begun_over(tiers: ModelTiers | None, begin: Callable[..., EngineCore]) -> EngineCore:
-    """Return the engine that `begin` makes over `tiers`; close them if it fails.
+def start_with_tiers(tiers: ModelTiers | None, begin: Callable[..., EngineCore]) -> EngineCore:
+    """Return the engine that `begin` makes with `tiers`; close them if it fails.
 
     Raises: `KVPagerError` if the model changed meanwhile.
     """

@@ -227,7 +227,8 @@ def test_a_namespace_keeps_no_more_than_its_limit(model: Any, disk: str) -> None
     ],
 )
 def test_models_without_tiers_are_refused(name: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(KVPagerError, match=rf"tiers: .* has none: .*{reason}.*Leave tiers out"):
+    message = rf"tiers: .* cannot use them: .*{reason}.*Leave tiers out"
+    with pytest.raises(KVPagerError, match=message):
         Engine(tiny_model(name), memory="4MiB", tiers=f"disk:{tmp_path}/kv?capacity=32MiB")
     assert not (tmp_path / "kv").exists()
 
