@@ -174,7 +174,8 @@ class _NotInteger(Exception):
     """An item is not an integer, although NumPy would read it as one."""
 
 
-# Errors of NumPy, torch and callers' objects. Others may come from a signal handler.
+# Errors of NumPy, torch and callers' objects. Others may come from a signal handler, so they are
+# not caught.
 _UNREADABLE = (
     _NotInteger, np.ma.MaskError, AttributeError, LookupError, NotImplementedError, OverflowError,
     RuntimeError, TypeError, ValueError,

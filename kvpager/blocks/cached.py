@@ -80,10 +80,10 @@ class CachedBlocks:
             state.evictor.refresh(_LOOK_AT * count)
             if ahead is not None:
                 return self._by_rank(wanted & self._are_near(ahead), count)
-            next_, is_more = preview.leaving(
+            next_, is_used_up = preview.leaving(
                 state.evictor, count, lambda blocks: wanted[blocks], _LOOK_AT * count
             )
-            if len(next_) == count or not is_more:
+            if len(next_) == count or not is_used_up:
                 return next_
             wanted[next_] = False
             return np.concatenate([next_, self._by_rank(wanted, count - len(next_))])

@@ -15,7 +15,7 @@ from kvpager.plans import NO_BLOCKS, Int32
 
 
 class _Place(NamedTuple):
-    """A leaf in the order of eviction, and how many of its blocks are left."""
+    """A leaf node in the order of eviction, and how many of its blocks are left."""
 
     rank: float
     number: int  # orders leaves of equal rank
@@ -27,36 +27,37 @@ def leaving(
     evictor: Evictor,
     count: int,
     wanted: Callable[[Int32], NDArray[np.bool_]],
-    num_looked_at: int,
+    look_ahead: int,
 ) -> tuple[Int32, bool]:
     """Return the first `count` wanted blocks in the order in which blocks would be evicted.
 
-    Looks at the next `num_looked_at` blocks, and returns True if there are more. Those are idle
-    leaves, and idle blocks before them. Does not consider quotas.
-    O(blocks looked at * log blocks).
+    Looks at the next `look_ahead` blocks: idle blocks at the ends of leaf nodes, and idle blocks
+    before them. Also returns True if it looked at `look_ahead` blocks, and False if it stopped
+    earlier. Does not consider quotas. O(blocks looked at * log blocks).
     """
     order, found, num_found = _Order(evictor), list[Int32](), 0
     num_gone: dict[Node, int] = {}  # children that have left
-    while num_found < count and num_looked_at > 0 and (place := order.pop()) is not None:
+    while num_found < count and look_ahead > 0 and (place := order.pop()) is not None:
         node, end = place.node, place.num_left
-        tail = node.blocks[max(end - num_looked_at, 0) : end][::-1]
-        leaves = (evictor.policy.rank(tail.astype(np.intp)) <= order.next_rank) & evictor.idle(tail)
-        leaves[0] = True
-        gone = tail if leaves.all() else tail[: int(leaves.argmin())]
+        tail = node.blocks[max(end - look_ahead, 0) : end][::-1]
+        ranks = evictor.policy.rank(tail.astype(np.intp))
+        next_to_evict = (ranks <= order.next_rank) & evictor.idle(tail)
+        next_to_evict[0] = True
+        gone = tail if next_to_evict.all() else tail[: int(next_to_evict.argmin())]
         found.append(gone[wanted(gone)])
         num_found += len(found[-1])
-        num_looked_at, end = num_looked_at - len(gone), end - len(gone)
+        look_ahead, end = look_ahead - len(gone), end - len(gone)
         if end:
             order.push(node, end)
         elif (parent := node.parent) is not None and parent.parent is not None:
             num_gone[parent] = num_gone.get(parent, 0) + 1
             if num_gone[parent] == len(parent.children):
                 order.push(parent, len(parent.blocks))
-    return np.concatenate([NO_BLOCKS, *found]).astype(np.int32)[:count], num_looked_at <= 0
+    return np.concatenate([NO_BLOCKS, *found]).astype(np.int32)[:count], look_ahead <= 0
 
 
 class _Order:
-    """Leaves in the order in which they leave: those that are queued, and those that follow."""
+    """Leaf nodes in the order of eviction: those that are queued, and those that follow."""
 
     def __init__(self, evictor: Evictor) -> None:
         self._evictor = evictor

@@ -43,7 +43,8 @@ class EngineConfig:
             with the KV they have.
         max_model_len: maximum tokens of a sequence, prompt included; None takes the model's
             `max_position_embeddings`.
-        costs: cost model for swap vs. recompute; None measures it if `host_memory` is set.
+        costs: cost model for swap or fetch vs. recompute; None measures it if `host_memory` or
+            `tiers` is set.
         forward: `"packed"` computes all rows of a step in one forward pass, `"per_sequence"` each
             row in its own. `"auto"` probes the model and packs if the logits stay the same.
         compile: True compiles the packed forward pass with `torch.compile`. A dict passes

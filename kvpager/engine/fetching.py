@@ -18,7 +18,7 @@ from kvpager.storage.tiers.tiering_stats import TieringStats
 
 logger = logging.getLogger("kvpager")
 
-_CLEANED_PER_STEP = 64  # blocks looked at, at most
+_CLEANED_PER_STEP = 64  # blocks offered to the stores, at most
 _LAST_SAVES_S = 5.0
 _GRACE_S = 0.05  # for stores to end a load after its deadline
 

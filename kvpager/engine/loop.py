@@ -42,8 +42,8 @@ class Loop:
         fetching: fetches the beginnings of requests from tiers; None without tiers.
         on_step: callback invoked after every step.
 
-    The callbacks of `between_steps` are invoked before each step, without the lock. They keep
-    cached prefixes. A callback that raises stops the engine.
+    The callbacks of `between_steps` are invoked before each step, without the lock. Unlike a pause,
+    calling them drops no cached prefixes. A callback that raises stops the engine.
     """
 
     def __init__(

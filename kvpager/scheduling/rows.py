@@ -27,7 +27,10 @@ class Rows:
         self._version = -1  # `RequestTable.version` when `_decode_batch` was made
 
     def add(self, state: RequestState, builder: StepBuilder) -> None:
-        """Add the rows of a request that starts or resumes, if its quota allows it. O(tokens)."""
+        """Add the rows of a request that starts or resumes, as far as blocks suffice. O(tokens).
+
+        If blocks are missing, or its quota is reached, the next step tries again.
+        """
         try:
             if state.is_ready:
                 seq_ids = np.array(state.seq_ids, np.int32)
@@ -35,7 +38,7 @@ class Rows:
             else:
                 self._add_chunks(state, builder)
         except OutOfBlocks:
-            pass  # the next step tries again
+            pass
 
     # ---------------------------------------------------------------- decoding
 
@@ -94,7 +97,11 @@ class Rows:
                 return
 
     def _add_or_make_room(self, state: RequestState, builder: StepBuilder) -> bool:
-        """Add chunks; if the step is empty, preempt requests to make room."""
+        """Add chunks; if the step is empty, preempt requests to make room.
+
+        Returns False if the token budget or the blocks do not suffice. Returns True without
+        chunks if this request itself was preempted.
+        """
         while state.status is Status.RUNNING:
             try:
                 return self._add_chunks(state, builder)

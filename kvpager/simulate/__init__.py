@@ -1,1 +1,5 @@
-"""Replay of recorded traffic through eviction policies, for `kvpager simulate`."""
+"""Replay of recorded traffic without a model, for `kvpager simulate`.
+
+generate, replay ─▶ policies    hit ratios of eviction policies in one pool
+tiers ─▶ storage/tiers          hits and writes of the tiers below it, with `--tiers`
+"""

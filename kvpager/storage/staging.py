@@ -18,9 +18,9 @@ from kvpager.storage.memory import host_pages
 class Staging:
     """Slots of one block each, page-aligned; page-locked if the storage is on a GPU.
 
-    `take` gives a slot to one caller, and `share` to one more: the last one gives it back. Its
-    memory is reused only after the copies that read it. Any thread may call `take`, `share`, `give`
-    and `slot`.
+    `take` gives a slot to one caller, and `share` to one more: the last one gives it back. A slot
+    is reused only when no copy reads it any more. Any thread may call `take`, `share`, `give` and
+    `slot`.
     """
 
     def __init__(self, storage: BlockStorage, num_slots: int) -> None:
@@ -35,7 +35,7 @@ class Staging:
         self._bytes = self._memory.view(torch.uint8).numpy().data.cast("B")
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._num_sharers = Counter[int]()  # besides the first
-        self._reads: list[tuple[torch.cuda.Event, list[int]]] = []
+        self._unfinished: list[tuple[torch.cuda.Event, list[int]]] = []
         self._lock = threading.Lock()
 
     @property
@@ -87,8 +87,8 @@ class Staging:
             self.give(slots)
         else:
             with self._lock:
-                self._reads.append((event, list(slots)))
+                self._unfinished.append((event, list(slots)))
 
     def _reclaim(self) -> None:
-        while self._reads and self._reads[0][0].query():
-            self._give(self._reads.pop(0)[1])
+        while self._unfinished and self._unfinished[0][0].query():
+            self._give(self._unfinished.pop(0)[1])

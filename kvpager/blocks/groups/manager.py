@@ -41,7 +41,7 @@ class GroupedManager(BlockManager):
       blocks that the next token does not attend to; published blocks stay cached.
     - A prompt reuses the longest prefix of whole blocks that every group can serve.
     - `truncate` raises `ValueError` if the next token would attend to a released block.
-    - There is no `drop_before`, and no `pins`, `cached` and `events`.
+    - `drop_before` raises. `pins`, `cached` and `events` are missing.
 
     Args:
         windows: the sliding window of each group, in tokens, the token itself included; None for

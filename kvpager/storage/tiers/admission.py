@@ -11,9 +11,9 @@ from kvpager.storage.tiers.protocol import BlockStore
 
 Admit = Literal["auto", "always", "second"]
 
+_LARGE = 4  # times the device's blocks: from here on, fewer writes cost too many hits
 # Refused keys to remember, for each block of the store. On the Mooncake trace "auto" then keeps
 # 97 % of the hits of "always" with 42 % of its writes, in a store of twice the device's blocks.
-_LARGE = 4  # times the device's blocks: from here on, fewer writes cost too many hits
 _REMEMBERED = 4
 _REMEMBERED_MAX = 1 << 19  # about 100 MB
 
@@ -24,11 +24,11 @@ def admission(store: BlockStore, admit: Admit, num_device_blocks: int) -> Admiss
     O(1). Raises: `ValueError` for another `admit`.
     """
     capacity = store.stats().capacity
-    chooses = Admission(admit, capacity or num_device_blocks)
+    rule = Admission(admit, capacity or num_device_blocks)
     if hasattr(store, "admit") or admit == "always":
         return None
     is_large = capacity is None or capacity >= _LARGE * num_device_blocks
-    return None if admit == "auto" and is_large else chooses
+    return None if admit == "auto" and is_large else rule
 
 
 def has_free_room(store: BlockStore) -> bool:

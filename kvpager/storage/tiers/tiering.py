@@ -34,7 +34,8 @@ from kvpager.storage.tiers.slot_memory import SlotMemory
 from kvpager.storage.tiers.tiering_stats import TieringStats, TierStats
 
 _FETCHES_MAX = 256  # under way at once
-_AHEAD_PART, _AHEAD_MIN = 8, 512  # of the device's blocks; blocks, for a long prompt
+_AHEAD_PART = 8  # the part of the device's blocks that is saved before it leaves: an eighth
+_AHEAD_MIN = 512  # blocks: enough for a long prompt on a small device
 
 
 class Tiering:
@@ -54,8 +55,9 @@ class Tiering:
     that came from a store are also saved in the stores before it, while as many slots are free.
 
     Blocks are saved as soon as they are idle, so that a restart and other machines find them. If
-    every store is private to this process, only the next blocks to leave are saved, an eighth of
-    the device: the stores then hold more that the device does not, and are written less.
+    every store is private to this process, only the blocks that leave next are saved: the next
+    eighth of the device, at least 512 blocks. The stores then hold more that the device does not,
+    and are written less.
 
     One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
 
@@ -85,7 +87,7 @@ class Tiering:
         self._keying = ContentKeying(manager.block_size, context_of)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
-        self._choosing = [
+        self._admissions = [
             (store, admission(store, admit, manager.num_blocks)) for store in self.stores
         ]
         step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
@@ -120,8 +122,8 @@ class Tiering:
         """Begin to load the blocks of `prompt` that are not cached. O(tokens).
 
         Returns None if all are cached, if 256 fetches are under way, or if every store would take
-        longer than the model. Two prompts with the same first missing block share one fetch: the
-        second returns when the first does, and its other blocks are not loaded.
+        longer than the model. Two prompts with the same first missing block get the same `Fetch`,
+        which does not load the other blocks of the second.
         """
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": list(mm_hashes)}
         return self._begin(prompt, identity, self._wait_s)
@@ -175,7 +177,7 @@ class Tiering:
         most = len(fetch.slots) if most is None else arguments.count("most", most)
         if most == 0 and fetch.slots:
             return {}
-        self._forget(fetch)
+        self._unlist(fetch)
         added = None
         try:
             if fetch.slots and not fetch.is_void:
@@ -194,9 +196,9 @@ class Tiering:
         # An image that begins in these blocks may end behind them.
         shown = [each for each in identity["mm_hashes"] if each[0] < stop * size]
         length = max([stop * size, *(end for _, end, _ in shown)])
-        loader: KeyParts = {**identity, "mm_hashes": shown}
+        shortened: KeyParts = {**identity, "mm_hashes": shown}
         try:
-            sequence = manager.allocate(fetch.tokens[:length], **loader)
+            sequence = manager.allocate(fetch.tokens[:length], **shortened)
         except OutOfBlocks:
             return None
         try:
@@ -214,7 +216,7 @@ class Tiering:
             self._promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
             self._staging.write(slots, manager.block_tables([sequence])[0][start:stop].tolist())
             manager.commit(sequence, stop * size)
-            found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **loader)
+            found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **shortened)
             keys = manager.cached.keys(found.blocks[start:stop], self._keying)
             return self._mark_loaded(keys, sources)
         finally:
@@ -247,10 +249,10 @@ class Tiering:
         """Stop waiting for a fetch. If no other caller waits, its slots become free. O(slots)."""
         fetch.num_waiting -= 1
         if fetch.num_waiting <= 0:
-            self._forget(fetch)
+            self._unlist(fetch)
             self._loader.cancel(fetch)
 
-    def _forget(self, fetch: Fetch) -> None:
+    def _unlist(self, fetch: Fetch) -> None:
         first = fetch.keys[fetch.first] if fetch.first < len(fetch.keys) else b""
         if self._fetching.get(first) is fetch:
             del self._fetching[first]
@@ -313,16 +315,16 @@ class Tiering:
 
     def _wanted(self, keys: list[bytes]) -> list[list[int]]:
         """Return the numbers of the stores that each block is offered."""
-        choosing = [
-            (number, chooses, chooses is None or has_free_room(store))
-            for number, (store, chooses) in enumerate(self._choosing)
+        offered = [
+            (number, rule, rule is None or has_free_room(store))
+            for number, (store, rule) in enumerate(self._admissions)
             if not getattr(store, "bypassed", False)
         ]
         return [
             [
                 number
-                for number, chooses, has_room in choosing
-                if chooses is None or chooses.admits(key, has_room=has_room)
+                for number, rule, has_room in offered
+                if rule is None or rule.admits(key, has_room=has_room)
             ]
             for key in keys
         ]
