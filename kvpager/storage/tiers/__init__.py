@@ -7,7 +7,7 @@
                  ▲
                  ├─ host      blocks in memory
                  ├─ disk      blocks in preallocated files
-                 └─ others    kvpager.integrations.valkey; entry points
+                 └─ others    kvpager.integrations.valkey, .nixl; entry points
     keyed                     which key is in which slot; host stands on it
     frame ─▶ seals, layout    what stands before a block's bytes, checked at every read
 
