@@ -139,10 +139,14 @@ class ValkeyStore:
         self._counters.saved(outcomes, time.perf_counter() - start)
         return outcomes
 
-    def drop(self, keys: Sequence[bytes]) -> None:
-        """Delete blocks on the server. Other clients lose them, too."""
-        if keys:
-            self._attempt(partial(self._drop, keys))
+    def drop(self, keys: Sequence[bytes]) -> bool:
+        """Delete blocks on the server. Other clients lose them, too.
+
+        Returns False if the server did not answer, or refused.
+        """
+        refused = list[bytes]()
+        ending = self._attempt(partial(self._drop, keys, refused)) if keys else _Ending.DONE
+        return ending is _Ending.DONE and not refused
 
     def stats(self) -> StoreStats:
         return self._counters.stats(num_blocks=None, capacity=None)
@@ -205,14 +209,17 @@ class ValkeyStore:
         self._unusable.pop(key, None)
         return Saved.SAVED
 
-    def _drop(self, keys: Sequence[bytes], deadline: float, wire: Wire) -> None:
+    def _drop(
+        self, keys: Sequence[bytes], refused: list[bytes], deadline: float, wire: Wire
+    ) -> None:
         for part in self._parts(keys):
             try:
                 wire.delete([PREFIX + key for key in part], deadline)
             except ServerError as error:
                 if not str(error).startswith("NOPERM"):
                     raise
-                return  # a reader, without the right to delete
+                refused += part  # by a reader, without the right to delete
+                return
             for key in part:
                 self._unusable.pop(key, None)
 
@@ -258,7 +265,7 @@ class ValkeyStore:
             self._unusable |= dict.fromkeys(bad)
             for key in list(self._unusable)[: max(0, len(self._unusable) - _UNUSABLE_MAX)]:
                 self._unusable.pop(key, None)
-        self._attempt(partial(self._drop, bad), deadline)
+        self._attempt(partial(self._drop, bad, []), deadline)
 
     def _parts(self, items: Sequence[_T]) -> Iterator[Sequence[_T]]:
         return (items[i : i + self._part] for i in range(0, len(items), self._part))

@@ -30,7 +30,7 @@ class DictStore:
         self.gate = threading.Event()
         self.gate.set()
         self.num_loads = self.num_saves = 0
-        self.fails = False
+        self.fails = self.drop_fails = False
         self.is_closed = False
 
     def find(self, keys: Sequence[bytes]) -> int:
@@ -64,10 +64,13 @@ class DictStore:
             self.drop(list(self.blocks)[: -self.capacity])
         return np.full(len(keys), self.answer, np.uint8)
 
-    def drop(self, keys: Sequence[bytes]) -> None:
+    def drop(self, keys: Sequence[bytes]) -> bool:
+        if self.drop_fails:
+            return False
         for key in keys:
             if self.blocks.pop(key, None) is not None:
                 self.losses.add([key])
+        return True
 
     def stats(self) -> StoreStats:
         return StoreStats(len(self.blocks), self.capacity, self.block_bytes)

@@ -117,11 +117,12 @@ class HostStore:
             self._tier.abandon(slots[~written])
         return outcomes
 
-    def drop(self, keys: Sequence[bytes]) -> None:
-        """Forget the blocks of `keys`. O(keys)."""
+    def drop(self, keys: Sequence[bytes]) -> bool:
+        """Forget the blocks of `keys`. Returns True. O(keys)."""
         slots = self._tier.pin(keys)
         self.losses.add(key for key, _ in self._tier.discard(slots))
         self._tier.unpin(slots)
+        return True
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and counts since it was made. O(1)."""

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
 from kvpager.storage.tiers.costs import TransferCost
+from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.namespaces import NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore, Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
@@ -70,6 +72,7 @@ class Loader:
         stores: Sequence[BlockStore],
         staging: SlotMemory,
         tracked: NamespaceKeys,
+        dropper: Dropper,
         recompute_s: Callable[[int], float] | None,
         on_end: Callable[[], None],
     ) -> None:
@@ -80,6 +83,7 @@ class Loader:
         self._stores = stores
         self._staging = staging
         self._tracked = tracked
+        self._dropper = dropper
         self._recompute_s = recompute_s
         self._on_end = on_end
         self.costs = [TransferCost() for _ in stores]
@@ -125,8 +129,8 @@ class Loader:
         wanted = fetch.keys[fetch.first + len(fetch.slots) :]
         if not wanted or self._is_over(fetch):
             return
-        if surplus := self._tracked.surplus(number):  # blocks that are too old are not served
-            store.drop(surplus)
+        surplus = self._dropper.drop_surplus(number)  # blocks that are too old are not served
+        wanted = list(takewhile(lambda key: key not in surplus, wanted))
         begun = time.monotonic()
         count = store.find(wanted)
         self.costs[number].found(time.monotonic() - begun)

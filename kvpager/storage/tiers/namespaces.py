@@ -39,8 +39,13 @@ class NamespaceKeys:
         with self._lock:
             self._limits[namespace] = limit
 
-    def add(self, store: int, namespace: str | None, keys: Iterable[bytes]) -> None:
-        """Record that a store has keys of a namespace. O(keys)."""
+    def add(
+        self, store: int, namespace: str | None, keys: Iterable[bytes], *, is_new: bool = False
+    ) -> None:
+        """Record that a store has keys of a namespace. O(keys).
+
+        A known key keeps its age, unless it `is_new` in the store.
+        """
         if namespace is None:
             return
         with self._lock:
@@ -48,6 +53,8 @@ class NamespaceKeys:
             for key in keys:
                 # Namespaces without a secret have the same keys: the first one has them.
                 if self._namespaces[store].setdefault(key, namespace) == namespace:
+                    if is_new:
+                        kept.pop(key, None)
                     kept.setdefault(key, now)
             if len(kept) > _TRACKED_MAX:
                 self._forget(store, list(kept)[: len(kept) - _TRACKED_MAX])
@@ -59,32 +66,42 @@ class NamespaceKeys:
         with self._lock:
             self._forget(store, keys)
 
-    def surplus(self, store: int) -> list[bytes]:
-        """Remove and return the keys that the store is to drop. O(limits + keys returned)."""
+    def surplus(self, store: int) -> dict[bytes, float]:
+        """Return the keys that the store is to drop, for `dropped`. O(limits + keys returned)."""
         with self._lock:
-            gone = list[bytes]()
+            gone = dict[bytes, float]()
             for namespace, limit in self._limits.items():
-                gone += self._surplus(self._kept[store].get(namespace, {}), limit)
-            self._forget(store, gone)
+                gone |= self._surplus(self._kept[store].get(namespace, {}), limit)
             return gone
 
-    def _surplus(self, kept: dict[bytes, float], limit: Limit) -> list[bytes]:
+    def _surplus(self, kept: dict[bytes, float], limit: Limit) -> dict[bytes, float]:
         """Return the keys over a limit, the oldest ones."""
         most = len(kept) if limit.num_blocks is None else limit.num_blocks
         oldest = -float("inf") if limit.ttl_s is None else self._clock() - limit.ttl_s
-        gone = list[bytes]()
+        gone = dict[bytes, float]()
         for key, saved_at in kept.items():
             if len(kept) - len(gone) <= most and saved_at > oldest:
                 break
-            gone.append(key)
+            gone[key] = saved_at
         return gone
 
-    def take(self, store: int, namespace: str) -> list[bytes]:
-        """Remove and return all keys of a namespace. O(keys)."""
+    def of(self, store: int, namespace: str) -> dict[bytes, float]:
+        """Return all keys of a namespace, for `dropped`. O(keys)."""
         with self._lock:
-            keys = list(self._kept[store].get(namespace, {}))
-            self._forget(store, keys)
-            return keys
+            return dict(self._kept[store].get(namespace, {}))
+
+    def dropped(self, store: int, saved_at: dict[bytes, float]) -> None:
+        """Record that a store dropped keys. Those that it got again meanwhile stay. O(keys)."""
+        with self._lock:
+            kept, namespaces = self._kept[store], self._namespaces[store]
+            self._forget(
+                store,
+                [
+                    key
+                    for key, at in saved_at.items()
+                    if key in namespaces and kept[namespaces[key]][key] == at
+                ],
+            )
 
     def _forget(self, store: int, keys: Iterable[bytes]) -> None:
         for key in keys:

@@ -110,8 +110,11 @@ class BlockStore(Protocol):
         """
         ...
 
-    def drop(self, keys: Sequence[bytes]) -> None:
-        """Forget the blocks of `keys`, if the store has them. O(keys)."""
+    def drop(self, keys: Sequence[bytes]) -> bool:
+        """Forget the blocks of `keys`, if the store has them. O(keys).
+
+        Returns False if it may still have some, as when a server does not answer.
+        """
         ...
 
     def stats(self) -> StoreStats:

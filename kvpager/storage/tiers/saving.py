@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from kvpager.storage.tiers.dropping import Dropper, News
 from kvpager.storage.tiers.namespaces import NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore, Saved
 from kvpager.storage.tiers.slot_memory import SlotMemory
@@ -19,14 +19,6 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 16  # blocks of one call of a store
 _KEPT = (Saved.SAVED, Saved.KNOWN)
-
-
-class News(NamedTuple):
-    """Keys that a store has from now on, or has no more."""
-
-    store: int
-    keys: list[bytes]
-    is_kept: bool
 
 
 class StagedBlock(NamedTuple):
@@ -53,6 +45,7 @@ class Saver:
         stores: Sequence[BlockStore],
         staging: SlotMemory,
         tracked: NamespaceKeys,
+        dropper: Dropper,
         max_wait_s: float,
         on_end: Callable[[], None],
     ) -> None:
@@ -60,21 +53,22 @@ class Saver:
         self._stores = stores
         self._staging = staging
         self._tracked = tracked
+        self._dropper = dropper
         self._max_wait_s = max_wait_s
         self._on_end = on_end
         self._thread = ThreadPoolExecutor(1, "kvpager-save")
-        self._news: deque[News] = deque()
         followed = [getattr(store, "losses", None) for store in stores]
         self._lost = [None if losses is None else losses.follow() for losses in followed]
 
     @property
     def has_news(self) -> bool:
         """True if `take_news` returns something. O(1)."""
-        return bool(self._news)
+        return bool(self._dropper.news)
 
     def take_news(self) -> list[News]:
         """Return what became of keys since the last call, in order. O(calls of stores)."""
-        return [self._news.popleft() for _ in range(len(self._news))]
+        news = self._dropper.news
+        return [news.popleft() for _ in range(len(news))]
 
     def submit(self, blocks: Sequence[StagedBlock]) -> None:
         """Offer blocks to their stores soon; then give their slots back. O(1)."""
@@ -88,7 +82,7 @@ class Saver:
 
     def forget(self, namespace: str) -> Future[int]:
         """Drop the known blocks of a namespace from all stores, after the saves before. O(1)."""
-        return self._thread.submit(self._drop_namespace, namespace)
+        return self._thread.submit(self._dropper.drop_namespace, namespace)
 
     def _save(self, blocks: Sequence[StagedBlock]) -> None:
         deadline = time.monotonic() + self._max_wait_s
@@ -98,7 +92,7 @@ class Saver:
                 try:
                     for start in range(0, len(theirs), _BATCH):
                         self._save_batch(number, theirs[start : start + _BATCH], deadline)
-                    self._drop(number, self._tracked.surplus(number))
+                    self._dropper.drop_surplus(number)
                 except Exception:
                     logger.exception("the store %s failed to save", store.name)
         finally:
@@ -108,34 +102,21 @@ class Saver:
         keys = [block.key for block in blocks]
         memory = [self._staging.slot(block.slot) for block in blocks]
         outcomes = self._stores[number].save(keys, memory, deadline)
-        kept = [blocks[index] for index in np.flatnonzero(np.isin(outcomes, _KEPT)).tolist()]
-        for block in kept:
-            self._tracked.add(number, block.namespace, [block.key])
-        self._tell(number, [block.key for block in kept], is_kept=True)
-        # Later than what was kept: it may have made room for itself.
+        for block, outcome in zip(blocks, outcomes, strict=True):
+            if outcome in _KEPT:
+                is_new = bool(outcome == Saved.SAVED)
+                self._tracked.add(number, block.namespace, [block.key], is_new=is_new)
+        kept = np.flatnonzero(np.isin(outcomes, _KEPT)).tolist()
+        self._dropper.tell(number, [keys[index] for index in kept], is_kept=True)
+        self._note_losses(number)
+
+    def _note_losses(self, number: int) -> None:
+        """Note what a store lost, unless it was saved again. A save may push out its own blocks."""
         if lost := self._lost[number]:
             gone = [lost.popleft() for _ in range(len(lost))]
+            gone = [key for key in gone if not self._stores[number].find([key])]
             self._tracked.remove(number, gone)
-            self._tell(number, gone, is_kept=False)
-
-    def _drop_namespace(self, namespace: str) -> int:
-        count = 0
-        for number, store in enumerate(self._stores):
-            try:
-                count += self._drop(number, self._tracked.take(number, namespace))
-            except Exception:
-                logger.exception("the store %s failed to drop blocks", store.name)
-        return count
-
-    def _drop(self, number: int, keys: list[bytes]) -> int:
-        if keys:
-            self._stores[number].drop(keys)
-            self._tell(number, keys, is_kept=False)
-        return len(keys)
-
-    def _tell(self, number: int, keys: list[bytes], *, is_kept: bool) -> None:
-        if keys:
-            self._news.append(News(number, keys, is_kept))
+            self._dropper.tell(number, gone, is_kept=False)
 
     def close(self) -> None:
         """Wait for the blocks that were submitted."""

@@ -26,6 +26,7 @@ from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
 from kvpager.storage.tiers.admission import Admit, admission, has_free_room
+from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore
@@ -95,11 +96,17 @@ class Tiering:
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
         self.on_progress: Callable[[], None] = lambda: None
         tracked = self._tracked = NamespaceKeys(len(self.stores))
+        dropper = Dropper(self.stores, tracked)
         self._loader = Loader(
-            self.stores, staging, tracked, recompute_s, on_end=lambda: self.on_progress()
+            self.stores, staging, tracked, dropper, recompute_s, on_end=lambda: self.on_progress()
         )
         self._saver = Saver(
-            self.stores, staging, tracked, self._max_wait_s, on_end=lambda: self.on_progress()
+            self.stores,
+            staging,
+            tracked,
+            dropper,
+            self._max_wait_s,
+            on_end=lambda: self.on_progress(),
         )
         self._num_declined = 0
         self._is_open = True
@@ -399,9 +406,9 @@ class Tiering:
         """Drop the blocks of a namespace from the prefix cache, and soon from all stores.
 
         Fetches under way add nothing. Blocks that a sequence holds stay cached. Returns how many
-        blocks of stores this process knew and dropped; stores may have others, which earlier
-        processes or other machines saved: only another secret in `context_of` makes sure that no
-        block is found. O(cached blocks of the namespace).
+        blocks left the stores: call it again if a store failed. Stores may have others, which
+        earlier processes or other machines saved: only another secret in `context_of` makes sure
+        that no block is found. O(cached blocks of the namespace).
         """
         self._manager.cached.evict(_named(namespace))
         for fetch in self._fetching.values():

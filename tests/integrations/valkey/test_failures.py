@@ -87,6 +87,15 @@ def test_finds_on_a_stopped_server_bypass_it(own_server: Server) -> None:
     assert store.bypassed
 
 
+def test_a_drop_that_a_stopped_server_did_not_answer_says_so(own_server: Server) -> None:
+    store, names = open_store(own_server.url, timeout_s=0.05), keys(2)
+    save(store, names, blocks(2))
+    freeze(own_server)
+    assert not any(store.drop(names) for _ in range(4))
+    assert store.bypassed
+    thaw(own_server)
+
+
 def test_find_on_a_stopped_server_ends(own_server: Server) -> None:
     store = open_store(own_server.url, timeout_s=0.5)
     freeze(own_server)

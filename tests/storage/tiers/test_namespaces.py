@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +26,12 @@ def saved(node: Node, seed: int, **key: Any) -> None:
     node.clean()
 
 
+def dropped(tracked: NamespaceKeys, store: int = 0) -> list[bytes]:
+    surplus = tracked.surplus(store)
+    tracked.dropped(store, surplus)
+    return list(surplus)
+
+
 # ------------------------------------------------------------------- the keys of a namespace
 
 
@@ -34,13 +41,14 @@ def test_keys_over_a_quota_are_the_oldest() -> None:
     tracked.add(0, "a", [b"1", b"2"])
     tracked.add(1, "a", [b"1", b"2"])
     tracked.add(0, "b", [b"7", b"8", b"9"])
-    assert tracked.surplus(0) == []
+    assert dropped(tracked) == []
     tracked.add(0, "a", [b"2", b"3", b"4"])
-    assert tracked.surplus(0) == [b"1", b"2"]
-    assert (tracked.surplus(0), tracked.surplus(1)) == ([], [])
-    assert tracked.take(0, "a") == [b"3", b"4"]
-    assert tracked.take(0, "a") == []
-    assert tracked.take(0, "b") == [b"7", b"8", b"9"]
+    assert dropped(tracked) == [b"1", b"2"]
+    assert (dropped(tracked, 0), dropped(tracked, 1)) == ([], [])
+    assert list(tracked.of(0, "a")) == [b"3", b"4"]
+    tracked.dropped(0, tracked.of(0, "a"))
+    assert list(tracked.of(0, "a")) == []
+    assert list(tracked.of(0, "b")) == [b"7", b"8", b"9"]
 
 
 def test_keys_are_too_old_after_their_first_save() -> None:
@@ -51,11 +59,25 @@ def test_keys_are_too_old_after_their_first_save() -> None:
     clock.now = 5
     tracked.add(0, "a", [b"1", b"2"])
     clock.now = 9.9
-    assert tracked.surplus(0) == []
+    assert dropped(tracked) == []
     clock.now = 10
-    assert tracked.surplus(0) == [b"1"]
+    assert list(tracked.surplus(0)) == [b"1"]
+    assert dropped(tracked) == [b"1"]  # until it was dropped
     clock.now = 15
-    assert tracked.surplus(0) == [b"2"]
+    assert dropped(tracked) == [b"2"]
+
+
+def test_a_key_that_was_saved_during_its_drop_stays() -> None:
+    clock = Clock()
+    tracked = NamespaceKeys(1, clock)
+    tracked.set_limit("a", Limit(ttl_s=10))
+    tracked.add(0, "a", [b"1", b"2"])
+    clock.now = 10
+    surplus = tracked.surplus(0)
+    tracked.add(0, "a", [b"1"], is_new=True)
+    tracked.dropped(0, surplus)
+    assert list(tracked.of(0, "a")) == [b"1"]
+    assert dropped(tracked) == []
 
 
 def test_lost_keys_do_not_count() -> None:
@@ -64,15 +86,15 @@ def test_lost_keys_do_not_count() -> None:
     tracked.add(0, "a", [b"1", b"2"])
     tracked.remove(0, [b"1", b"unknown"])
     tracked.add(0, "a", [b"3"])
-    assert tracked.surplus(0) == []
+    assert dropped(tracked) == []
 
 
 def test_a_key_of_two_namespaces_belongs_to_the_first() -> None:
     tracked = NamespaceKeys(1)
     tracked.add(0, "a", [b"1"])
     tracked.add(0, "b", [b"1"])
-    assert tracked.take(0, "b") == []
-    assert tracked.take(0, "a") == [b"1"]
+    assert list(tracked.of(0, "b")) == []
+    assert list(tracked.of(0, "a")) == [b"1"]
 
 
 # ------------------------------------------------------------------- limits
@@ -109,6 +131,43 @@ def test_blocks_that_are_too_old_are_not_loaded(monkeypatch: pytest.MonkeyPatch)
     node.end()
 
 
+def test_blocks_that_are_too_old_are_not_loaded_if_their_drop_fails() -> None:
+    node = Node()
+    (store,) = node.stores
+    clock = node.tiering._tracked._clock = Clock()
+    node.tiering.limit("a", ttl_s=60)
+    saved(node, 1, namespace="a")
+    node.manager.clear_prefix_cache()
+    clock.now, store.drop_fails = 61.0, True
+    assert node.fetch(prompt(1), namespace="a") == 0
+    store.drop_fails = False
+    assert node.fetch(prompt(1), namespace="a") == 0
+    assert not store.blocks
+    node.end()
+
+
+def test_a_block_that_left_a_store_by_its_age_is_offered_again() -> None:
+    class Silent(DictStore):
+        losses: Any = property(lambda _: None, lambda *_: None)
+
+        def drop(self, keys: Sequence[bytes]) -> bool:
+            for key in keys:
+                self.blocks.pop(key, None)
+            return True
+
+    node = Node([Silent(Node().storage.block_bytes)])
+    clock = node.tiering._tracked._clock = Clock()
+    node.tiering.limit("a", ttl_s=60)
+    saved(node, 1, namespace="a")
+    clock.now = 61.0
+    assert node.fetch(prompt(2), namespace="a") == 0
+    assert not node.stores[0].blocks
+    assert node.compute(prompt(1), namespace="a") == 20
+    assert node.clean() == 5
+    assert len(node.stores[0].blocks) == 5
+    node.end()
+
+
 @pytest.mark.parametrize(
     ("namespace", "limits"),
     [(None, {}), (3, {}), ("a", {"capacity": "lots"}), ("a", {"ttl_s": -1}), ("a", {"ttl_s": "x"})],
@@ -135,6 +194,38 @@ def test_a_forgotten_namespace_is_nowhere() -> None:
     assert node.compute(prompt(1), namespace="a") == 0
     assert node.compute(prompt(1), namespace="b") == 20
     assert node.clean() == 5  # computed again, so saved again
+    node.end()
+
+
+def test_a_namespace_is_forgotten_as_often_as_it_is_saved() -> None:
+    node = Node()
+    (store,) = node.stores
+    for _ in range(3):
+        saved(node, 1, namespace="a")
+        assert len(store.blocks) == 5
+        assert node.compute(prompt(1), namespace="a") == 20
+        assert node.clean() == 0  # the store has it
+        assert node.tiering.forget("a").result(60) == 5
+        assert not store.blocks
+    node.end()
+
+
+@pytest.mark.parametrize("failure", [False, OSError("away")])
+def test_blocks_that_a_store_failed_to_drop_are_forgotten_later(failure: Any) -> None:
+    class Failing(DictStore):
+        def drop(self, keys: Sequence[bytes]) -> bool:
+            if self.drop_fails and failure:
+                raise failure
+            return super().drop(keys)
+
+    store = Failing(Node().storage.block_bytes)
+    node = Node([store])
+    saved(node, 1, namespace="a")
+    store.drop_fails = True
+    assert node.tiering.forget("a").result(60) == 0
+    store.drop_fails = False
+    assert node.tiering.forget("a").result(60) == 5
+    assert not store.blocks
     node.end()
 
 

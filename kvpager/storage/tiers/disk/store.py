@@ -141,12 +141,13 @@ class DiskStore:
         self._counters.saved(outcomes, time.monotonic() - start)
         return outcomes
 
-    def drop(self, keys: Sequence[bytes]) -> None:
-        """Forget blocks, if the store has them. O(keys)."""
+    def drop(self, keys: Sequence[bytes]) -> bool:
+        """Forget blocks, if the store has them. Returns False if it is closed. O(keys)."""
         with self._lock:
             for key in keys:
                 if not self._closed and key in self._slots:
                     self._forget(key)
+            return not self._closed
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and counts since it was opened. O(1)."""
