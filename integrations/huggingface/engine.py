@@ -66,6 +66,8 @@ from kvpager.scheduling.request import Request
 
 logger = logging.getLogger("kvpager")
 
+_SAVE_WAIT_S = 5.0  # a slower store is not worth waiting for
+
 
 class Engine:
     """A model that serves many requests at once, from one pool of blocks.
@@ -158,6 +160,7 @@ class Engine:
             LogitsSampler(),
             tokenizer=self._tokenizer,
             watch=watch,
+            save_wait_s=_SAVE_WAIT_S if config.role == "prefill" else None,
             on_step=on_step,
             # A new thread begins with a number of its own.
             on_begin=functools.partial(torch.set_num_threads, torch.get_num_threads()),
@@ -234,7 +237,7 @@ class Engine:
         settings = resolved.settings(self._generator(seed), with_logprobs=logprobs)
         request = Request(
             prompt=np.asarray(begins, np.int32),
-            max_new_tokens=resolved.max_new_tokens,
+            max_new_tokens=1 if self.config.role == "prefill" else resolved.max_new_tokens,
             n=sampling.num_samples,
             deadline=timeout,
             request_id=request_id or f"request-{next(self._numbers)}",

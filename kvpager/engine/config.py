@@ -14,11 +14,12 @@ from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Seal
-from kvpager.storage.tiers.urls import checked_tiers
+from kvpager.storage.tiers.urls import are_private, checked_tiers
 
 _BESIDE = ("tokenizer", "on_step")  # arguments of `Engine` that are no settings
 _CUDA_GRAPHS = "triton.cudagraphs"
 Forward = Literal["auto", "packed", "per_sequence"]
+Role = Literal["prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class EngineConfig:
             secret also keeps namespaces apart. Processes share blocks if their seals are equal.
         model_id: the name of the weights and their revision, for tiers, the same in all processes.
             None takes a digest of the model.
+        role: `"prefill"` answers with the first token, and ends a request when the tiers have the
+            full blocks of its prompt. `"decode"` computes the rest elsewhere. Both need tiers that
+            other processes read.
 
     Raises: `TypeError`, `ValueError` for settings of a wrong type or value.
     """
@@ -77,6 +81,7 @@ class EngineConfig:
     tiers: str | BlockStore | Sequence[str | BlockStore] = ()
     seal: Seal | None = None
     model_id: str | None = None
+    role: Role | None = None
 
     def __post_init__(self) -> None:
         shown = arguments.shown
@@ -97,6 +102,7 @@ class EngineConfig:
         if self.costs is not None and not isinstance(self.costs, PreemptionCosts):
             raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
         self._check_tiers()
+        self._check_role()
 
     def _check_tiers(self) -> None:
         arguments.label("model_id", self.model_id)
@@ -107,6 +113,19 @@ class EngineConfig:
         for name in ("seal", "model_id"):
             if not self.tiers and getattr(self, name) is not None:
                 raise ValueError(f"{name}: of use with tiers only. Pass tiers=, or leave it out.")
+
+    def _check_role(self) -> None:
+        role, roles = self.role, get_args(Role)
+        if role is None:
+            return
+        if role not in roles:
+            error = ValueError if isinstance(role, str) else TypeError
+            raise error(f"role={arguments.shown(role)}: expected one of {listed(roles)}, or None.")
+        if are_private(self.tiers):
+            raise ValueError(
+                f"role={role!r}: no other process reads the tiers of this engine. "
+                'Pass tiers= with a store that both share, such as "valkey://cache:6379".'
+            )
 
     @classmethod
     def of(cls, config: EngineConfig | None, overrides: Mapping[str, Any]) -> EngineConfig:

@@ -69,6 +69,8 @@ class EngineCore:
         watch: reports changes of the model; None if requests share no prefixes.
         tiering: moves cached blocks to tiers below the device and back; None without tiers. The
             engine closes it.
+        save_wait_s: how long the end of a request waits until tiers have its prompt, in seconds.
+            None saves blocks later.
         on_step: callback invoked after every step, on the engine's thread.
         on_begin: callback invoked at the start of the engine's thread.
         on_end: callback invoked at the end of the engine's thread.
@@ -88,6 +90,7 @@ class EngineCore:
         tokenizer: Any = None,
         watch: ModelWatch | None = None,
         tiering: Tiering | None = None,
+        save_wait_s: float | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         on_begin: Callable[[], object] = lambda: None,
         on_end: Callable[[], object] = lambda: None,
@@ -109,7 +112,7 @@ class EngineCore:
         if tiering is not None:
             self.tiers = EngineTiers(tiering, self._locked, self.refuse_closed)
             wake = partial(self._inbox.put, None)
-            self._fetching = Fetching(scheduler, tiering, self._lock, guard, wake)
+            self._fetching = Fetching(scheduler, tiering, self._lock, guard, wake, save_wait_s)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, self._fetching, on_step)
         quotas = LiveQuotas(scheduler.manager, self._loop.requests)
@@ -272,7 +275,8 @@ class EngineCore:
 
     def _wait_s(self) -> float | None:
         with self._lock:
-            return _WAIT_S_MAX if self.scheduler.has_work else None
+            is_waiting = self._fetching is not None and self._fetching.is_waiting
+            return _WAIT_S_MAX if self.scheduler.has_work or is_waiting else None
 
     def _end_idle_workers(self) -> None:
         if self.runner.device_type == "cpu":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from kvpager.engine.model_watch import ModelGuard
+from kvpager.engine.prompt_saves import PromptSaves
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.tiers.loading import Fetch
@@ -33,9 +34,9 @@ class _Held(NamedTuple):
 class Fetching:
     """Holds requests while their blocks are fetched, and saves blocks that leave next.
 
-    `begin` and `note_end` are called under the lock. `between_steps` is a callback of the engine's
-    thread: no store makes it wait. After the prefix cache was cleared, for example because the
-    model changed, and after a failure, nothing is fetched or saved any more.
+    `begin` and the `note_` methods are called under the lock. `between_steps` is a callback of the
+    engine's thread: no store makes it wait. After the prefix cache was cleared, for example because
+    the model changed, and after a failure, nothing is fetched or saved any more.
 
     Args:
         scheduler: holds the requests.
@@ -43,6 +44,8 @@ class Fetching:
         lock: guards the scheduler; reentrant.
         guard: notices changes of the model; None if it cannot change.
         wake: makes the engine's thread take another step soon. Safe in any thread.
+        save_wait_s: how long the end of a request waits until its prompt is saved; None saves
+            blocks later.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Fetching:
         lock: AbstractContextManager[Any],
         guard: ModelGuard | None,
         wake: Callable[[], None],
+        save_wait_s: float | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._tiering = tiering
@@ -65,6 +69,9 @@ class Fetching:
         self._held: list[_Held] = []
         self._tokens_by_store: dict[Hashable, dict[str, int]] = {}
         self._may_be_dirty = False
+        self._saves = None
+        if save_wait_s is not None:
+            self._saves = PromptSaves(scheduler, tiering, save_wait_s)
         tiering.on_progress = wake
 
     def begin(self, request: Request) -> None:
@@ -81,13 +88,31 @@ class Fetching:
             self._scheduler.hold(request.request_id)
             self._held.append(_Held(request.request_id, fetch))
 
-    def note_end(self, request_id: Hashable) -> None:
-        """Record that a request ended: its blocks may be saved. O(1)."""
+    def note_prompts(self, requests: Iterable[Request]) -> None:
+        """Record that prompts of live requests are computed: they may be saved. O(requests)."""
+        if self._saves is not None and self._is_on:
+            for request in requests:
+                self._saves.begin(request.request_id, request.prompt)
+
+    def note_end(self, request_id: Hashable, report: Callable[[], None], *, may_wait: bool) -> None:
+        """Record that a request ended: its blocks may be saved. O(1).
+
+        Calls `report`, later if that `may_wait` until the prompt is saved.
+        """
+        if self._saves is None:
+            report()
+        else:
+            self._saves.end(request_id, report, may_wait=may_wait)
         self._may_be_dirty = self._is_on
         self._tokens_by_store.pop(request_id, None)
         for held in [held for held in self._held if held.request_id == request_id]:
             self._held.remove(held)
             self._tiering.cancel(held.fetch)
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if the end of a request waits for stores. O(1)."""
+        return self._saves is not None and self._saves.is_waiting
 
     def take_tokens_by_store(self, request_id: Hashable) -> dict[str, int]:
         """Return how many tokens were fetched for a request from each store. O(stores)."""
@@ -100,18 +125,29 @@ class Fetching:
     def between_steps(self) -> None:
         """Let requests start whose fetch has ended, and save some blocks."""
         is_cleaning = self._is_on and self._find_dirty()
-        if not (self._held or is_cleaning):
+        is_saving = self._has_prompts()
+        if not (self._held or is_cleaning or is_saving or self.is_waiting):
             return
-        if is_cleaning and self._guard is not None:
+        if (is_cleaning or is_saving) and self._guard is not None:
             self._guard.look()  # blocks that a changed model computed are not saved
         with self._lock:
             try:
                 self._check_on()
+                if self._saves is not None:
+                    self._saves.copy()  # before fetches take the place of these blocks
+                    self._saves.report()
                 room = self._end_fetches(self._tiering.step_blocks_max)
                 if is_cleaning and self._is_on:
                     self._clean(room)
             except Exception:
                 self._give_up()
+
+    def _has_prompts(self) -> bool:
+        """Return True if prompts have blocks to save at once."""
+        if self._saves is None:
+            return False
+        with self._lock:
+            return self._saves.has_blocks
 
     def _find_dirty(self) -> bool:
         if not (self._may_be_dirty or self._tiering.has_news):
@@ -179,6 +215,8 @@ class Fetching:
             self._tiering.cancel(fetch)
             if self._scheduler.is_held(request_id):
                 self._scheduler.release(request_id)
+        if self._saves is not None:
+            self._saves.give_up()
 
     def close(self, *, saving: bool) -> None:
         """Give up all fetches, and close the stores after the saves under way.

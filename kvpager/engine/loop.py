@@ -183,12 +183,15 @@ class Loop:
         """Deliver the chosen tokens, and complete the plan with the continuations."""
         parents: list[int] = []
         successors: list[TrackedSample] = []
+        begun: list[Request] = []
         failed: list[Hashable] = []
         news: list[tuple[Channel, list[Token]]] = []
         now = time.monotonic()
         for row, draw in zip(np.flatnonzero(plan.needs_logits).tolist(), draws, strict=True):
             tracked = self.requests[plan.request_ids[row]]
             sample = self._samples.get(int(plan.seq_ids[row]))
+            if sample is None:
+                begun.append(tracked.request)
             arrived, continuing = tracked.extend(sample, draw, now)
             news.append((tracked.channel, arrived))
             parents += [row] * len(continuing)
@@ -198,6 +201,8 @@ class Loop:
         tokens = [successor.sample.token_ids[-1] for successor in successors]
         self._dispatcher.post(partial(_hand_out, news))
         with self._lock:
+            if self._fetching is not None:
+                self._fetching.note_prompts(begun)
             seq_ids = self.scheduler.complete(
                 plan, np.array(parents, np.int64), np.array(tokens, np.int32)
             )
@@ -212,8 +217,13 @@ class Loop:
 
     def _end(self, request_id: Hashable, reason: Reason) -> None:
         tracked = self.requests.pop(request_id, None)
-        if self._fetching is not None:
-            self._fetching.note_end(request_id)
+        report = partial(self._report, tracked, reason)
+        if self._fetching is None:
+            report()
+        else:
+            self._fetching.note_end(request_id, report, may_wait=reason is Reason.FINISHED)
+
+    def _report(self, tracked: TrackedRequest | None, reason: Reason) -> None:
         if tracked is not None:
             self._dispatcher.post(tracked.ending(reason))
 

@@ -70,15 +70,19 @@ class Saver:
         news = self._dropper.news
         return [news.popleft() for _ in range(len(news))]
 
-    def submit(self, blocks: Sequence[StagedBlock]) -> None:
-        """Offer blocks to their stores soon; then give their slots back. O(1)."""
+    def submit(self, blocks: Sequence[StagedBlock]) -> Future[None] | None:
+        """Offer blocks to their stores soon; then give their slots back. O(1).
+
+        Returns what is done when all stores have answered; None if they have already.
+        """
         try:
             work = self._thread.submit(self._save, blocks)
         except RuntimeError:  # the interpreter ends, and executors take no more work
             self._save(blocks)
             self._on_end()
-        else:
-            work.add_done_callback(lambda _: self._on_end())
+            return None
+        work.add_done_callback(lambda _: self._on_end())
+        return work
 
     def forget(self, namespace: str) -> Future[int]:
         """Drop the known blocks of a namespace from all stores, after the saves before. O(1)."""

@@ -29,6 +29,7 @@ from kvpager.storage.tiers.admission import Admit, admission, has_free_room
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys
+from kvpager.storage.tiers.prompt_saving import PromptSaver
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver, StagedBlock
 from kvpager.storage.tiers.slot_memory import SlotMemory
@@ -65,6 +66,7 @@ class Tiering:
     Attributes:
         on_progress: called by the threads when a load or a save has ended.
         is_clean: True if the last `clean` found no block to save.
+        prompts: saves the blocks of a prompt that other processes wait for.
         step_blocks_max: how many blocks `attach` and `clean` should copy in one step together.
     """
 
@@ -108,6 +110,7 @@ class Tiering:
             self._max_wait_s,
             on_end=lambda: self.on_progress(),
         )
+        self.prompts = PromptSaver(manager, staging, self.stores, self._keying, self._saver)
         self._num_declined = 0
         self._is_open = True
         self._ahead: int | None = None

@@ -102,6 +102,17 @@ def checked_tiers(
     return tuple(listed)
 
 
+def are_private(tiers: str | BlockStore | Sequence[str | BlockStore]) -> bool:
+    """Return True if no tier serves other processes, or there is none. O(tiers).
+
+    Raises: as `checked_tiers`.
+    """
+    return all(
+        tier.startswith("host:") if isinstance(tier, str) else getattr(tier, "is_private", False)
+        for tier in checked_tiers(tiers)
+    )
+
+
 def open_inspector(place: str, secret: bytes | None = None) -> Inspector:
     """Open a store to look at it: a directory, `disk:/path`, or the URL of a server.
 
