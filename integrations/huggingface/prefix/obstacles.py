@@ -57,13 +57,8 @@ def prefix_obstacle(cache: PagedCache, inputs: PrefillInputs, padding: Padding) 
     Later tokens must not change the prefix's keys and values, and these must not depend on their
     position in the batch. Call it only if `row_merge_obstacle` returned None.
     """
-    config: Any = inputs.model.config
-    if getattr(config, "use_bidirectional_attention", False):
-        return "a model whose tokens attend to later ones"
-    if config.get_text_config(decoder=True) is not config:
-        return "a multimodal model"
-    if _rotation_depends_on_length(config):
-        return "a model whose positions depend on the length of the prompt"
+    if (reason := model_obstacle(inputs.model)) is not None:
+        return reason
     if len(cache.groups) != 1 or cache.groups[0].window is not None:
         return "a model with sliding windows"
     if cache.groups[0].members.expected is None:
@@ -72,6 +67,17 @@ def prefix_obstacle(cache: PagedCache, inputs: PrefillInputs, padding: Padding) 
         return f"prefill_chunk_size={chunk}"
     if not _count_from_zero(inputs.model_kwargs.get("position_ids"), inputs.ids, padding):
         return "position_ids that do not count a prompt's tokens from 0"
+    return None
+
+
+def model_obstacle(model: Any) -> str | None:
+    """Return why no prefix of this model may be reused; None if some may be. O(1)."""
+    if getattr(model.config, "use_bidirectional_attention", False):
+        return "a model whose tokens attend to later ones"
+    if model.config.get_text_config(decoder=True) is not model.config:
+        return "a multimodal model"
+    if _rotation_depends_on_length(model.config):
+        return "a model whose positions depend on the length of the prompt"
     return None
 
 

@@ -35,9 +35,14 @@ def refuse_tiers(model: Any, info: ModelInfo) -> None:
     elif any(info.windows):
         reason = "it has layers with sliding windows, whose blocks are freed behind the window"
     if reason is not None:
-        raise KVPagerError(
-            f"tiers: {type(model).__name__} cannot use them: {reason}. Leave tiers out."
-        )
+        raise no_tiers(model, reason)
+
+
+def no_tiers(model: Any, reason: str) -> KVPagerError:
+    """Return the error for a model that cannot use tiers. O(1)."""
+    return KVPagerError(
+        f"tiers: {type(model).__name__} cannot use them: {reason}. Leave tiers out."
+    )
 
 
 class ModelTiers(NamedTuple):
@@ -73,22 +78,41 @@ def open_tiers(
     state = watch.look()
     if state.doubt is not None:
         raise KVPagerError(f"tiers: {type(model).__name__} shares no prefixes: {state.doubt}.")
+    tiering = tiering_of(model, config, costs, storage, manager, storage.num_blocks)
+    return ModelTiers(tiering, watch, state.version)
+
+
+def tiering_of(
+    model: Any,
+    config: EngineConfig,
+    costs: PreemptionCosts,
+    storage: BlockStorage,
+    manager: BlockManager,
+    num_blocks: int | None,
+    adapter_of: Callable[[str | None], str | None] = lambda lora: lora,
+) -> Tiering:
+    """Name the model, open the stores, and return what moves its blocks. O(bytes of the weights).
+
+    `num_blocks` is the most that `storage` will have, None without a bound. `adapter_of` maps the
+    `lora` of blocks in `manager` to that in their content keys.
+    Raises: as `model_id` and `open_stores`.
+    """
     name = model_id(model) if config.model_id is None else config.model_id
     layout = layout_of(storage)
     master = Digest.master if config.seal is None else config.seal.master
 
     def context_of(namespace: str | None, lora: str | None) -> KeyContext:
-        return KeyContext(layout.text, name, namespace_secret(master, namespace), lora)
+        secret = namespace_secret(master, namespace)
+        return KeyContext(layout.text, name, secret, adapter_of(lora))
 
     def recompute_s(num_blocks: int) -> float:
         num_tokens = num_blocks * storage.block_size
         return costs.recompute_s(num_tokens, num_tokens)
 
     num_slots = max(_STAGING_BYTES // storage.block_bytes, _STAGING_MIN)
-    staging = Staging(storage, min(num_slots, storage.num_blocks))
+    staging = Staging(storage, num_slots if num_blocks is None else min(num_slots, num_blocks))
     stores = open_stores(config.tiers, layout=layout, seal=config.seal)
-    tiering = Tiering(manager, staging, stores, context_of, recompute_s=recompute_s)
-    return ModelTiers(tiering, watch, state.version)
+    return Tiering(manager, staging, stores, context_of, recompute_s=recompute_s)
 
 
 def start_with_tiers(tiers: ModelTiers | None, begin: Callable[..., EngineCore]) -> EngineCore:
