@@ -51,6 +51,7 @@ class Pool(Protocol):
     def reserved_bytes(self) -> int: ...
     def settle(self) -> None: ...
     def trim(self) -> None: ...
+    def minimise(self) -> bool: ...
 
 
 class PagedMemory:
@@ -260,9 +261,8 @@ class PagedMemory:
         for pool in list(self._kept):
             if pool is claimant:
                 continue
-            pool.settle()
-            if not pool.manager.num_held_blocks:
-                self._kept.discard(pool)  # the last reference, unless a cache has one
+            if pool.minimise():  # others may have a reference: a cache, or tiers
+                self._kept.discard(pool)
 
     def settle(self) -> None:
         """Free blocks of dropped caches and of finished copies. O(blocks freed)."""

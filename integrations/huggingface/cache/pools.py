@@ -345,6 +345,19 @@ class PagedPool:
         self.manager.grow(num_blocks)
 
     @whole
+    def make_room(self, num_blocks: int, key: PrefixKey) -> None:
+        """Grow until blocks can be taken under `key`, as far as memory and quota allow. O(blocks).
+
+        Grows before cached prefixes are evicted, as `allocate` does.
+        """
+        with contextlib.suppress(OutOfBlocks):
+            self.enforce_quota(key)
+            self._growing(num_blocks, lambda: None)
+            missing = num_blocks - self.manager.num_available_blocks
+            if missing > 0:
+                self._grow(missing, num_blocks)
+
+    @whole
     def minimise(self) -> bool:
         """Free all blocks but one. Returns False without effect if blocks are held. O(blocks)."""
         self.settle()

@@ -21,6 +21,7 @@ from kvpager.integrations.huggingface.continuous_batching.manager import PagedBa
 from kvpager.integrations.huggingface.patching.report import PatchStats, report
 from kvpager.integrations.huggingface.patching.undo import restore_all
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
+from kvpager.integrations.huggingface.prefix.prompt_tiers import PromptTiers
 
 lock = new_lock()
 uninterrupted = Uninterrupted(lock)
@@ -77,6 +78,11 @@ class Patch:
         """Return True until the patch is undone. O(patches)."""
         return self in active
 
+    @property
+    def tiers(self) -> PromptTiers | None:
+        """Return the stores that keep its prompts; None without any. O(1)."""
+        return None if self.prompts is None else self.prompts.tiers
+
     def stats(self) -> PatchStats:
         """Return current counts, and totals since the patch was made. O(blocks)."""
         return PatchStats.of(self.memory)
@@ -121,17 +127,31 @@ class Patch:
         """Return a text on the paged layers, the blocks in use and the memory saved. O(blocks)."""
         for manager in list(self.managers):
             manager.note_doubt()
-        return report(self.memory, self.stats())
+        lines = [report(self.memory, self.stats())]
+        return "\n".join(lines if self.tiers is None else lines + self.tiers.report())
 
     def clear_prefix_cache(self) -> None:
-        """Free cached prefixes, and all memory that no live cache needs. O(cached blocks)."""
+        """Free cached prefixes, and all memory that no live cache needs. O(cached blocks).
+
+        Tiers are not used any more, since their blocks may be those of a changed model, too.
+        """
+        if self.tiers is not None:
+            self.tiers.turn_off("the prefix cache was cleared")
         self.memory.clear_prefix_cache()
 
     def undo(self) -> None:
         """Restore transformers. Caches that were made under the patch keep working. O(managers).
 
-        Does nothing if the patch was undone before.
+        With tiers, saves the idle blocks, for at most 5 seconds, and closes the stores. Does
+        nothing if the patch was undone before.
         """
+        try:
+            if self.is_active and self.tiers is not None:
+                self.tiers.save_last()  # while the model is as it was when its blocks were made
+        finally:
+            self._undo()
+
+    def _undo(self) -> None:
         with lock, uninterrupted:
             if self not in active:
                 return
@@ -139,6 +159,8 @@ class Patch:
             if not active:
                 restore_all()
         release_managers(self.managers)
+        if self.tiers is not None:
+            self.tiers.close()
         self.memory.clear_prefix_cache()
 
     def __enter__(self) -> Patch:

@@ -18,6 +18,8 @@ Details of the arguments of `patch`:
   pool fits in half of the free memory. A model whose weights, hooks, functions or settings changed
   reuses nothing. Call `clear_prefix_cache()` after changes that cannot be noticed, such as writing
   single elements through `.data`.
+- `tiers`: before a prompt is looked up, the blocks that are not cached are fetched from the stores.
+  `docs/guides/tiers.md` describes it.
 - `eviction`: a name in `kvpager.blocks.policies.POLICIES`, or a function that returns an
   `EvictionPolicy` for a number of blocks. Every pool gets its own policy. Without `prefix_cache`,
   only the pools of continuous batching cache prompts, so it ranks theirs alone.
@@ -25,22 +27,29 @@ Details of the arguments of `patch`:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from kvpager import _validate as arguments
 from kvpager.blocks.policies import Eviction
+from kvpager.engine.config import EngineConfig
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.paged_cache import least_block_bytes
 from kvpager.integrations.huggingface.patching.handle import Patch, active, lock, uninterrupted
+from kvpager.integrations.huggingface.patching.prompt_stores import open_prompt_tiers
 from kvpager.integrations.huggingface.patching.replacements import install
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner.wrappers import no_model
+from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
+from kvpager.storage.tiers.protocol import BlockStore
+from kvpager.storage.tiers.seals import Seal
 
 
 def patch(
@@ -55,6 +64,10 @@ def patch(
     namespace: str | None = None,
     in_place: bool = True,
     eviction: Eviction = "lru",
+    tiers: str | BlockStore | Sequence[str | BlockStore] = (),
+    seal: Seal | None = None,
+    model_id: str | None = None,
+    costs: PreemptionCosts | None = None,
 ) -> Patch:
     """Keep the KV cache of a transformers model, or of every model, in shared blocks.
 
@@ -74,9 +87,16 @@ def patch(
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
         eviction: which cached blocks leave first: a policy's name, such as `"lru"`, or a function.
+        tiers: with `prefix_cache` and a model, stores that keep prompts beyond this process: URLs
+            such as `"disk:/var/cache/kv?capacity=200GiB"`, or stores, which `undo()` closes.
+        seal: what protects blocks in `tiers` outside of the process, such as `Encrypted(secret)`.
+        model_id: the name of the weights for `tiers`; None for a digest of their content.
+        costs: how long the model computes prompts, which bounds a fetch from `tiers`; None measures
+            it.
 
     Raises: `TypeError`, `ValueError` for invalid arguments, such as a `memory` smaller than one
-    block; `KVPagerError` if the model is patched already. The model is then as it was.
+    block; `KVPagerError` if the model is patched already, or can have no `tiers`; errors of opening
+    these. The model is then as it was.
     """
     warn_if_untested()
     if model is not None and not _can_generate(model):
@@ -87,6 +107,8 @@ def patch(
         raise ValueError(
             f"namespace={namespace!r}: separates cached prefixes only. Pass prefix_cache=True too."
         )
+    stores = EngineConfig(tiers=tiers, seal=seal, model_id=model_id, costs=costs)
+    _check_stores(stores, model, prefix_cache)
     in_place, dtype = arguments.flag("in_place", in_place), _checked_dtype(dtype, model)
     budget = Budget(
         memory,
@@ -103,15 +125,32 @@ def patch(
         budget.refuse_below(least_block_bytes(model.config, wide, budget))
     prompts = PromptCache(paged.namespaces) if prefix_cache else None
     made = Patch(model, paged, prompts)
-    with lock, uninterrupted:
+    _refuse_second(model)
+    if prompts is not None and model is not None and stores.tiers:
+        prompts.tiers = open_prompt_tiers(model, paged, prompts, stores)
+    try:
+        with lock, uninterrupted:
+            _refuse_second(model)
+            if made.tiers is not None:
+                made.tiers.refuse_change()
+            if not active:
+                install()
+            if made.tiers is not None:
+                made.tiers.renew()  # a model with other attention functions has another version
+            active.append(made)
+    except BaseException:
+        if made.tiers is not None:
+            made.tiers.close()
+        raise
+    return made
+
+
+def _refuse_second(model: nn.Module | None) -> None:
+    with lock:
         for other in active:
             if other.is_of(model):
                 call = "unpatch()" if model is None else "unpatch(model)"
                 raise KVPagerError(f"patched already, by {other!r}. Call kvpager.{call} first.")
-        if not active:
-            install()
-        active.append(made)
-    return made
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -138,6 +177,16 @@ def unpatch(model: nn.Module | None = None) -> None:
             )
         for made in of_model:
             made.undo()
+
+
+def _check_stores(config: EngineConfig, model: nn.Module | None, prefix_cache: bool) -> None:
+    if not config.tiers:
+        if config.costs is not None:
+            raise ValueError("costs: of use with tiers only. Pass tiers=, or leave it out.")
+    elif not prefix_cache:
+        raise ValueError("tiers: they keep cached prefixes. Pass prefix_cache=True too.")
+    elif model is None:
+        raise ValueError("tiers: they keep the prompts of one model. Pass it: patch(model, ...).")
 
 
 def _can_generate(model: object) -> bool:

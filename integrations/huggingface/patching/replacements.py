@@ -64,7 +64,10 @@ def _generate(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
     if serving is None or torch.compiler.is_compiling():
         return original(self, *args, **kwargs)
     with serving.memory.calls.running():
-        return original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
+    if serving.tiers is not None:
+        serving.tiers.save()
+    return result
 
 
 def _prepare(

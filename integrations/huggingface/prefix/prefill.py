@@ -134,6 +134,8 @@ def _prefill_new(
 ) -> Any:
     """Compute the new tokens of each row, in the cheapest division into passes."""
     model, cache = inputs.model, inputs.cache
+    if prompts.tiers is not None:
+        prompts.tiers.fetch(prompt)
     passes = prefill_batches(prompt.rows, prompts.known(model, cache, prompt))
     if len(passes) == 1:
         return _compute_pass(compute, prompts, prompt, padding, announced, inputs)

@@ -25,6 +25,7 @@ from kvpager.integrations.huggingface.model_state.contents import is_library
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelState, ModelWatch
 from kvpager.integrations.huggingface.model_state.row_independence import row_dependence
 from kvpager.integrations.huggingface.prefix.prefill_inputs import Padding
+from kvpager.integrations.huggingface.prefix.prompt_tiers import PromptTiers
 from kvpager.integrations.huggingface.releases import cache_in
 from kvpager.plans import Int32, Int64
 
@@ -55,6 +56,7 @@ class PromptCache:
 
     def __init__(self, namespaces: Namespaces) -> None:
         self._namespaces = namespaces
+        self.tiers: PromptTiers | None = None  # below the pool of the only model
         self._models: weakref.WeakKeyDictionary[nn.Module, _Served] = weakref.WeakKeyDictionary()
 
     def key_of(self, model: nn.Module, *, samples: bool = True) -> tuple[PrefixKey, str | None]:
@@ -143,6 +145,15 @@ class PromptCache:
         pool, layout = self._pool(model, cache)
         if pool is not None:
             cache.memory.await_turn(layout.kinds[0])
+
+    def prepare(self, model: nn.Module, key: object, kinds: list[LayerKind]) -> ModelWatch:
+        """Look for prompts in the pool of this layout, before the first was computed. O(1).
+
+        Returns the watch over the model, whose versions are those of `PrefixKey`.
+        """
+        served = self._served(model)
+        served.layout = _PoolLayout(key, kinds)
+        return served.watch
 
     def _pool(self, model: nn.Module, cache: PagedCache) -> tuple[PagedPool | None, _PoolLayout]:
         """Return the pool of the model's prompts, or None if there is none that fits the cache."""

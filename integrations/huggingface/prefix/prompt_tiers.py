@@ -1,0 +1,232 @@
+"""Find prompts in the stores of a patch before they are looked up, and save them after a call.
+
+prefill     fetch(prompt)  stores ─▶ the pool's prefix cache, in which the prompt is then found
+call ends   save()         idle blocks of the pool ─▶ stores
+undo        close()        the last idle blocks ─▶ stores
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from concurrent.futures import wait
+
+from kvpager._text import counted
+from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.pools import PagedPool
+from kvpager.integrations.huggingface.cache.prompt import Prompt
+from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
+from kvpager.storage.tiers.loading import Fetch
+from kvpager.storage.tiers.tiering import Tiering
+
+logger = logging.getLogger("kvpager")
+
+_CLEANED_AT_ONCE = 64  # blocks, while other threads wait for the pool
+_LAST_SAVES_S = 5.0
+_GRACE_S = 0.05  # for stores to end a load after its deadline
+
+
+class NamedModel:
+    """A model as it was when tiers named it. Keeps the model alive no longer than its watch."""
+
+    def __init__(self, watch: ModelWatch) -> None:
+        """Take the model as it is now. O(modules + weights)."""
+        self._watch = watch
+        self.state = watch.look()
+
+    def is_unchanged(self) -> bool:
+        """Return True if the model is as it was, as far as its watch sees. O(modules + weights)."""
+        return self._watch.look() == self.state
+
+    def renew(self) -> None:
+        """Take the model as it is now. O(modules + weights)."""
+        self.state = self._watch.look()
+
+    def made(self, version: str | None) -> bool:
+        """Return True if the model made blocks of this version of `PrefixKey`. O(1)."""
+        return version == str(self.state.version)
+
+    def adapter(self, version: str | None) -> None:
+        """Return the adapter in the content keys of blocks: None, as the name covers it.
+
+        Raises: `KVPagerError` for blocks that another version of the model made.
+        """
+        if not self.made(version):
+            raise KVPagerError("tiers: a block was made by a model that was not named")
+
+
+class PromptTiers:
+    """The stores below the pool of one model's prompts.
+
+    Any thread may call its methods. Each takes the pool's lock, but never while it waits for a
+    store. After the model changed, the prefix cache was cleared, or anything failed, nothing is
+    fetched or saved any more. A forked process uses no tiers.
+    """
+
+    def __init__(self, pool: PagedPool, tiering: Tiering, model: NamedModel) -> None:
+        self._pool, self._tiering, self._model = pool, tiering, model
+        self._lock, self._uninterrupted = pool.lock, pool.uninterrupted
+        self._process = os.getpid()
+        self._off: str | None = None  # why nothing is fetched or saved any more
+        self._stats = tiering.stats
+        self._fetched = Counter[str]()  # tokens by the name of their store
+
+    @property
+    def _is_on(self) -> bool:
+        return self._off is None and self._process == os.getpid()
+
+    def refuse_change(self) -> None:
+        """Raise `KVPagerError` if the model changed since it was named. O(modules + weights)."""
+        if not self._model.is_unchanged():
+            raise KVPagerError("tiers: the model changed while it was patched. Patch it again.")
+
+    def renew(self) -> None:
+        """Serve the model as it is now, since kvpager itself changed it. O(modules + weights)."""
+        self._model.renew()
+
+    def fetch(self, prompt: Prompt) -> None:
+        """Put what the stores have of a batch's prompts into the prefix cache. O(tokens + bytes).
+
+        Waits until all blocks are there, or until the deadline: half of the time that computing
+        them takes. Uses those that came in order.
+        """
+        fetches: list[Fetch] = []
+        try:
+            with self._lock, self._uninterrupted:
+                if self._is_on and not self._model.made(prompt.key.version):
+                    self.turn_off("the model changed")
+                self._begin(prompt, fetches)
+            for fetch in fetches:
+                assert fetch.work is not None
+                wait([fetch.work], max(fetch.deadline + _GRACE_S - time.monotonic(), 0))
+        finally:
+            if fetches:
+                with self._lock, self._uninterrupted:
+                    self._end(fetches, prompt)
+
+    def _begin(self, prompt: Prompt, fetches: list[Fetch]) -> None:
+        """Begin to fetch each row, and add it to `fetches`."""
+        namespace, version = prompt.key
+        if not self._is_on:
+            return
+        try:
+            for row in prompt.rows:
+                fetch = self._tiering.begin(row, namespace=namespace, lora=version)
+                if fetch is not None:
+                    fetches.append(fetch)
+        except Exception:
+            self._give_up()
+
+    def _end(self, fetches: list[Fetch], prompt: Prompt) -> None:
+        """Attach fetches that are done, and cancel those that are late."""
+        if self._is_closed:  # which cancelled them
+            return
+        try:
+            if self._is_on and any(fetch.is_done and fetch.slots for fetch in fetches):
+                # For all rows, or a row's blocks would evict those of the row before.
+                size = self._pool.block_size
+                self._pool.make_room(sum(-(-len(row) // size) for row in prompt.rows), prompt.key)
+            for fetch in fetches:
+                if self._is_on and fetch.is_done:
+                    self._fetched.update(self._tiering.attach(fetch))
+        except Exception:
+            self._give_up()
+        finally:
+            for fetch in fetches:
+                self._tiering.cancel(fetch)  # no effect on those that were attached
+
+    @property
+    def _is_closed(self) -> bool:
+        return not hasattr(self, "_tiering")
+
+    def save(self) -> None:
+        """Offer idle blocks to the stores, until staging is full. O(blocks + bytes copied).
+
+        Threads save the copies. Blocks that do not fit into staging are offered after a later call.
+        """
+        if self._find_dirty():
+            while self._clean():
+                pass
+
+    def _find_dirty(self) -> bool:
+        """Return True if there is a block to save. Turns off if the model changed."""
+        with self._lock, self._uninterrupted:
+            if not self._is_on:
+                return False
+            self._pool.settle()  # rows of caches that were dropped
+            try:
+                if not self._tiering.has_dirty():
+                    return False
+            except Exception:
+                self._give_up()
+                return False
+        if not self._model.is_unchanged():  # a changed model may have computed them
+            self.turn_off("the model changed")
+        return self._is_on
+
+    def _clean(self) -> bool:
+        """Copy some blocks; return True if more can be copied now."""
+        with self._lock, self._uninterrupted:
+            if not self._is_on:
+                return False
+            try:
+                self._tiering.clean(_CLEANED_AT_ONCE)
+            except Exception:
+                self._give_up()
+            return self._is_on and not self._tiering.is_clean and self._tiering.has_room
+
+    def turn_off(self, reason: str) -> None:
+        """Fetch and save nothing any more. O(1)."""
+        if self._is_on:
+            logger.warning("kvpager: tiers are not used any more, because %s", reason)
+            self._off = reason
+
+    def _give_up(self) -> None:
+        logger.exception("kvpager: tiers failed")
+        self.turn_off("they failed")
+
+    def report(self) -> list[str]:
+        """Return lines on what the tiers saved. O(stores)."""
+        stores = ", ".join(f"{count} from {name}" for name, count in self._fetched.items())
+        saved = sum(tier.store.saved for tier in self._stats().tiers)
+        lines = [
+            f"tiers: {counted(self._fetched.total(), 'token')} fetched, not computed"
+            f"{f' ({stores})' if stores else ''}; {counted(saved, 'block')} saved"
+        ]
+        if self._off is not None:
+            lines.append(f"tiers: not used any more, because {self._off}")
+        return lines
+
+    def save_last(self) -> None:
+        """Save the idle blocks, for at most 5 seconds."""
+        progress = threading.Event()
+        ends = time.monotonic() + _LAST_SAVES_S
+        while (left_s := ends - time.monotonic()) > 0:
+            progress.clear()
+            with self._lock:
+                if not self._is_on:
+                    return
+                self._tiering.on_progress = progress.set
+            self.save()
+            with self._lock:
+                if not self._is_on or self._tiering.is_clean:
+                    return
+            progress.wait(left_s)
+
+    def close(self) -> None:
+        """Wait for the saves under way, and close the stores. Twice is the same as once."""
+        if self._process != os.getpid():
+            return
+        with self._lock:  # threads that wait for a fetch find it cancelled
+            if self._is_closed:
+                return
+            self._off = self._off or "the patch was undone"
+            try:
+                self._tiering.close()
+            finally:
+                final = self._tiering.stats()
+                self._stats = lambda: final
+                del self._tiering, self._pool  # a handle that is kept holds no memory
