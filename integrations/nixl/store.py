@@ -137,8 +137,9 @@ class NixlStore:
         outcomes[new] = [rest if job.outcome is None else job.outcome for job in jobs]
         return outcomes
 
-    def drop(self, keys: Sequence[bytes]) -> None:
+    def drop(self, keys: Sequence[bytes]) -> bool:
         self._slots.discard(self._tier.pin(keys).tolist())
+        return True
 
     def stats(self) -> StoreStats:
         return self._counters.stats(self._tier.num_ready, self._tier.num_slots)
