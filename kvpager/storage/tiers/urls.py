@@ -27,6 +27,7 @@ from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Seal
 
 GROUP = "kvpager.tiers"
+_PRIVATE = ("host:", "nixl:")  # stores that end with their process
 _EXAMPLES = '"host:32GiB", "disk:/path?capacity=200GiB" or "valkey://host:6379"'
 
 
@@ -108,7 +109,7 @@ def are_private(tiers: str | BlockStore | Sequence[str | BlockStore]) -> bool:
     Raises: as `checked_tiers`.
     """
     return all(
-        tier.startswith("host:") if isinstance(tier, str) else getattr(tier, "is_private", False)
+        tier.startswith(_PRIVATE) if isinstance(tier, str) else getattr(tier, "is_private", False)
         for tier in checked_tiers(tiers)
     )
 

@@ -145,7 +145,7 @@ class PrivateStore(DictStore):
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("tiers", [(), "host:16MiB", ["host:1MiB", PrivateStore(64)]])
+@pytest.mark.parametrize("tiers", [(), "host:16MiB", "nixl:/kv", ["host:1MiB", PrivateStore(64)]])
 def test_a_role_without_a_shared_tier_is_refused(model: Any, role: Any, tiers: Any) -> None:
     with pytest.raises(ValueError, match=f"role='{role}': no other process reads the tiers"):
         Engine(model, memory="4MiB", tiers=tiers, role=role)
