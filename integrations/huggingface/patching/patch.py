@@ -128,6 +128,12 @@ def patch(
     _refuse_second(model)
     if prompts is not None and model is not None and stores.tiers:
         prompts.tiers = open_prompt_tiers(model, paged, prompts, stores)
+    _begin(made, model)
+    return made
+
+
+def _begin(made: Patch, model: nn.Module | None) -> None:
+    """Serve the model by `made` from now on; close its stores if that fails."""
     try:
         with lock, uninterrupted:
             _refuse_second(model)
@@ -142,7 +148,6 @@ def patch(
         if made.tiers is not None:
             made.tiers.close()
         raise
-    return made
 
 
 def _refuse_second(model: nn.Module | None) -> None:
