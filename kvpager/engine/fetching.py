@@ -84,9 +84,15 @@ class Fetching:
         except Exception:  # the request is queued already, and can be computed
             logger.exception("request %r: its prefix is not fetched", request.request_id)
             return
-        if fetch is not None:
-            self._scheduler.hold(request.request_id)
+        if fetch is None:
+            return
+        try:
             self._held.append(_Held(request.request_id, fetch))
+            self._scheduler.hold(request.request_id)
+        except BaseException:
+            self._held = [held for held in self._held if held.fetch is not fetch]
+            self._tiering.cancel(fetch)
+            raise
 
     def note_prompts(self, requests: Iterable[Request]) -> None:
         """Record that prompts of live requests are computed: they may be saved. O(requests)."""
@@ -221,23 +227,24 @@ class Fetching:
     def close(self, *, saving: bool) -> None:
         """Give up all fetches, and close the stores after the saves under way.
 
-        With `saving`, first saves the idle blocks that are dirty, for at most 5 seconds.
+        With `saving`, first saves the idle blocks that are dirty. Saves end after 5 seconds.
         """
+        ends_at = time.monotonic() + _LAST_SAVES_S
+        self._tiering.finish_by(ends_at)
         try:
             if saving:
-                self._save_all()
+                self._save_all(ends_at)
         except Exception:
             logger.exception("the last blocks are not saved")
         self._turn_off()
         self._tiering.close()
 
-    def _save_all(self) -> None:
+    def _save_all(self, ends_at: float) -> None:
         if self._guard is not None:
             self._guard.look()
         progress = threading.Event()
         self._tiering.on_progress = progress.set
-        ends = time.monotonic() + _LAST_SAVES_S
-        while self._check_on() and (left_s := ends - time.monotonic()) > 0:
+        while self._check_on() and (left_s := ends_at - time.monotonic()) > 0:
             progress.clear()
             if not self._tiering.has_room:
                 progress.wait(left_s)

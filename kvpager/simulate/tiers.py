@@ -101,7 +101,7 @@ def _parts(
 def _fetch(tiering: Tiering, slots: _Slots, tokens: Int32) -> list[int]:
     """Load what the stores have; return the number of the store that each block came from."""
     fetch = tiering.begin(tokens)
-    if fetch is None or fetch.work is None:
+    if fetch is None:
         return []
     wait([fetch.work])
     sources = fetch.sources

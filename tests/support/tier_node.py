@@ -95,7 +95,6 @@ def kv(tokens: list[int], key: dict[str, Any]) -> list[int]:
 
 
 def finished(fetch: Fetch) -> None:
-    assert fetch.work is not None
     fetch.work.exception(60)
 
 

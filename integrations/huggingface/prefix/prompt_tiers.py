@@ -100,7 +100,6 @@ class PromptTiers:
                     self.turn_off("the model changed")
                 self._begin(prompt, fetches)
             for fetch in fetches:
-                assert fetch.work is not None
                 wait([fetch.work], max(fetch.deadline + _GRACE_S - time.monotonic(), 0))
         finally:
             if fetches:

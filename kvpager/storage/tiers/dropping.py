@@ -27,27 +27,29 @@ class Dropper:
     Keys whose drop failed stay tracked, so that the next call drops them.
 
     Attributes:
+        stores: the stores.
+        tracked: the keys that stores keep.
         news: what became of keys, in order.
     """
 
     def __init__(self, stores: Sequence[BlockStore], tracked: NamespaceKeys) -> None:
         self.news: deque[News] = deque()
-        self._stores = stores
-        self._tracked = tracked
+        self.stores = stores
+        self.tracked = tracked
 
     def drop_surplus(self, number: int) -> Collection[bytes]:
         """Drop the blocks of a store that are over a limit. Returns their keys. O(keys).
 
         Do not serve these keys: the store may still have them.
         """
-        surplus = self._tracked.surplus(number)
+        surplus = self.tracked.surplus(number)
         self._drop(number, surplus)
         return surplus.keys()
 
     def drop_namespace(self, namespace: str) -> int:
         """Drop the known blocks of a namespace; return how many left the stores. O(keys)."""
-        numbers = range(len(self._stores))
-        return sum(self._drop(n, self._tracked.of(n, namespace)) for n in numbers)
+        numbers = range(len(self.stores))
+        return sum(self._drop(n, self.tracked.of(n, namespace)) for n in numbers)
 
     def tell(self, number: int, keys: list[bytes], *, is_kept: bool) -> None:
         """Add to the news, unless there are no keys. O(1)."""
@@ -57,11 +59,11 @@ class Dropper:
     def _drop(self, number: int, saved_at: dict[bytes, float]) -> int:
         keys = list(saved_at)
         try:
-            if not keys or not self._stores[number].drop(keys):
+            if not keys or not self.stores[number].drop(keys):
                 return 0
         except Exception:
-            logger.exception("the store %s failed to drop blocks", self._stores[number].name)
+            logger.exception("the store %s failed to drop blocks", self.stores[number].name)
             return 0
-        self._tracked.dropped(number, saved_at)
+        self.tracked.dropped(number, saved_at)
         self.tell(number, keys, is_kept=False)
         return len(keys)

@@ -5,25 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
-
-import numpy as np
 
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
 from kvpager.storage.tiers.costs import TransferCost
 from kvpager.storage.tiers.dropping import Dropper
-from kvpager.storage.tiers.namespaces import NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore, Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 16  # blocks of one call of a store
-_MOVED = (Loaded.HIT, Loaded.LATE)
 
 
 @dataclass(eq=False)
@@ -49,12 +45,12 @@ class Fetch:
     slots: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     is_void: bool = False
-    work: Future[None] | None = None
+    work: Future[None] = field(default_factory=Future)
 
     @property
     def is_done(self) -> bool:
         """True if no thread works on it any more."""
-        return self.work is None or self.work.done()
+        return self.work.done()
 
     def take(self, count: int) -> tuple[list[int], list[int]]:
         """Remove the first `count` loaded blocks. Returns their slots and sources. O(blocks)."""
@@ -69,9 +65,7 @@ class Loader:
 
     def __init__(
         self,
-        stores: Sequence[BlockStore],
         staging: SlotMemory,
-        tracked: NamespaceKeys,
         dropper: Dropper,
         recompute_s: Callable[[int], float] | None,
         on_end: Callable[[], None],
@@ -80,13 +74,12 @@ class Loader:
 
         A store is left out if `recompute_s`, of a number of blocks, is less than its estimate.
         """
-        self._stores = stores
+        self._stores = dropper.stores
         self._staging = staging
-        self._tracked = tracked
         self._dropper = dropper
         self._recompute_s = recompute_s
         self._on_end = on_end
-        self.costs = [TransferCost() for _ in stores]
+        self.costs = [TransferCost() for _ in self._stores]
         self._threads = ThreadPoolExecutor(2, "kvpager-load")
         self._closing = threading.Event()
 
@@ -102,8 +95,19 @@ class Loader:
 
     def start(self, fetch: Fetch) -> None:
         """Load the blocks of a fetch soon, until one is missing, late, or has no slot. O(1)."""
-        fetch.work = self._threads.submit(self._load, fetch)
         fetch.work.add_done_callback(lambda _: self._on_end())
+        try:
+            self._threads.submit(self._run, fetch)
+        except RuntimeError:  # the interpreter ends, and executors take no more work
+            fetch.work.set_result(None)
+
+    def _run(self, fetch: Fetch) -> None:
+        # The future is the fetch's own: it ends also if an interrupt cuts `start` off.
+        if fetch.work.set_running_or_notify_cancel():
+            try:
+                self._load(fetch)
+            finally:
+                fetch.work.set_result(None)
 
     def cancel(self, fetch: Fetch) -> None:
         """Give the slots of a fetch back, at once or when its thread has ended. O(slots)."""
@@ -113,7 +117,7 @@ class Loader:
             self._staging.give(slots)
             self._on_end()
 
-        assert fetch.work is not None
+        fetch.is_void = True  # its thread begins no more transfers
         fetch.work.cancel()  # if no thread has begun it
         fetch.work.add_done_callback(give_back)
 
@@ -153,8 +157,8 @@ class Loader:
         try:
             into, begun = [self._staging.slot(slot) for slot in slots], time.monotonic()
             outcomes = self._stores[number].load(keys[: len(slots)], into, fetch.deadline)
-            # A late block took at least that long.
-            num_moved = int(np.isin(outcomes, _MOVED).sum())
+            # The first late block took at least the rest of the time; others were not tried.
+            num_moved = int((outcomes == Loaded.HIT).sum() + (outcomes == Loaded.LATE).any())
             if num_moved:
                 num_bytes = num_moved * self._staging.block_bytes
                 self.costs[number].loaded(num_bytes, time.monotonic() - begun)
@@ -164,7 +168,7 @@ class Loader:
             fetch.slots += slots[:num_hits]
             fetch.sources += [number] * num_hits
             self._staging.give(slots[num_hits:])
-        self._tracked.add(number, fetch.identity["namespace"], keys[:num_hits])
+        self._dropper.tracked.add(number, fetch.identity["namespace"], keys[:num_hits])
         return num_hits == len(keys)
 
     def close(self) -> None:

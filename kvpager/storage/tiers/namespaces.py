@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kvpager import _validate as arguments
+
 _TRACKED_MAX = 1 << 20  # keys of one namespace in one store, about 200 bytes each
 
 
@@ -16,6 +18,20 @@ class Limit:
 
     num_blocks: int | None = None
     ttl_s: float | None = None
+
+    @classmethod
+    def parsed(cls, capacity: int | str | None, ttl_s: float | None, block_bytes: int) -> Limit:
+        """Return the limit of a capacity, as bytes or a text. Raises: `ValueError`, `TypeError`."""
+        num_bytes = arguments.parse_memory(capacity, "capacity")
+        num_blocks = None if num_bytes is None else num_bytes // block_bytes
+        return cls(num_blocks, None if ttl_s is None else arguments.seconds("ttl_s", ttl_s))
+
+
+def checked_name(namespace: str) -> str:
+    """Return the name of a namespace. Raises: `TypeError` if it is none."""
+    if not isinstance(namespace, str):
+        raise TypeError(f"namespace={namespace!r}: expected a name")
+    return namespace
 
 
 class NamespaceKeys:

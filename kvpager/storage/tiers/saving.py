@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvpager.storage.tiers.dropping import Dropper, News
-from kvpager.storage.tiers.namespaces import NamespaceKeys
-from kvpager.storage.tiers.protocol import BlockStore, Saved
+from kvpager.storage.tiers.protocol import Saved
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
 logger = logging.getLogger(__name__)
@@ -38,26 +38,28 @@ class StagedBlock(NamedTuple):
 
 
 class Saver:
-    """Offers staged blocks to stores. One thread calls its methods."""
+    """Offers staged blocks to stores. One thread calls its methods.
+
+    Attributes:
+        ends_at: the time of `time.monotonic()` at which all saves end.
+    """
 
     def __init__(
         self,
-        stores: Sequence[BlockStore],
         staging: SlotMemory,
-        tracked: NamespaceKeys,
         dropper: Dropper,
         max_wait_s: float,
         on_end: Callable[[], None],
     ) -> None:
         """Call `on_end` on the thread after the blocks of a `submit` were offered."""
-        self._stores = stores
+        self._stores = dropper.stores
         self._staging = staging
-        self._tracked = tracked
         self._dropper = dropper
         self._max_wait_s = max_wait_s
         self._on_end = on_end
+        self.ends_at = math.inf
         self._thread = ThreadPoolExecutor(1, "kvpager-save")
-        followed = [getattr(store, "losses", None) for store in stores]
+        followed = [getattr(store, "losses", None) for store in self._stores]
         self._lost = [None if losses is None else losses.follow() for losses in followed]
 
     @property
@@ -86,7 +88,12 @@ class Saver:
 
     def forget(self, namespace: str) -> Future[int]:
         """Drop the known blocks of a namespace from all stores, after the saves before. O(1)."""
-        return self._thread.submit(self._dropper.drop_namespace, namespace)
+        try:
+            return self._thread.submit(self._dropper.drop_namespace, namespace)
+        except RuntimeError:  # as in `submit`
+            done = Future[int]()
+            done.set_result(self._dropper.drop_namespace(namespace))
+            return done
 
     def _save(self, blocks: Sequence[StagedBlock]) -> None:
         deadline = time.monotonic() + self._max_wait_s
@@ -95,7 +102,8 @@ class Saver:
                 theirs = [block for block in blocks if number in block.stores]
                 try:
                     for start in range(0, len(theirs), _BATCH):
-                        self._save_batch(number, theirs[start : start + _BATCH], deadline)
+                        batch = theirs[start : start + _BATCH]
+                        self._save_batch(number, batch, min(deadline, self.ends_at))
                     self._dropper.drop_surplus(number)
                 except Exception:
                     logger.exception("the store %s failed to save", store.name)
@@ -109,7 +117,7 @@ class Saver:
         for block, outcome in zip(blocks, outcomes, strict=True):
             if outcome in _KEPT:
                 is_new = bool(outcome == Saved.SAVED)
-                self._tracked.add(number, block.namespace, [block.key], is_new=is_new)
+                self._dropper.tracked.add(number, block.namespace, [block.key], is_new=is_new)
         kept = np.flatnonzero(np.isin(outcomes, _KEPT)).tolist()
         self._dropper.tell(number, [keys[index] for index in kept], is_kept=True)
         self._note_losses(number)
@@ -119,9 +127,11 @@ class Saver:
         if lost := self._lost[number]:
             gone = [lost.popleft() for _ in range(len(lost))]
             gone = [key for key in gone if not self._stores[number].find([key])]
-            self._tracked.remove(number, gone)
+            self._dropper.tracked.remove(number, gone)
             self._dropper.tell(number, gone, is_kept=False)
 
     def close(self) -> None:
-        """Wait for the blocks that were submitted."""
+        """Wait for the blocks that were submitted: until `ends_at`, or `max_wait_s` seconds."""
+        if self.ends_at == math.inf:
+            self.ends_at = time.monotonic() + self._max_wait_s
         self._thread.shutdown()

@@ -28,7 +28,7 @@ from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
 from kvpager.storage.tiers.admission import Admit, admission, has_free_room
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.loading import Fetch, Loader
-from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys
+from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys, checked_name
 from kvpager.storage.tiers.prompt_saving import PromptSaver
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver, StagedBlock
@@ -95,21 +95,13 @@ class Tiering:
         ]
         step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
         self.step_blocks_max = max(1, step_bytes_max // staging.block_bytes)
-        self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block
+        self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block, to share
+        self._live = set[Fetch]()  # whose blocks may still be attached
         self.on_progress: Callable[[], None] = lambda: None
-        tracked = self._tracked = NamespaceKeys(len(self.stores))
-        dropper = Dropper(self.stores, tracked)
-        self._loader = Loader(
-            self.stores, staging, tracked, dropper, recompute_s, on_end=lambda: self.on_progress()
-        )
-        self._saver = Saver(
-            self.stores,
-            staging,
-            tracked,
-            dropper,
-            self._max_wait_s,
-            on_end=lambda: self.on_progress(),
-        )
+        self._tracked = NamespaceKeys(len(self.stores))
+        dropper = Dropper(self.stores, self._tracked)
+        self._loader = Loader(staging, dropper, recompute_s, lambda: self.on_progress())
+        self._saver = Saver(staging, dropper, self._max_wait_s, lambda: self.on_progress())
         self.prompts = PromptSaver(manager, staging, self.stores, self._keying, self._saver)
         self._num_declined = 0
         self._is_open = True
@@ -160,13 +152,18 @@ class Tiering:
         keys = content_keys(tokens, size, context, identity["mm_hashes"])[:num_blocks]
         fetch = self._fetching.get(keys[first])
         if fetch is None:
-            if len(self._fetching) >= _FETCHES_MAX or not self._is_open:
+            if len(self._live) >= _FETCHES_MAX or not self._is_open:
                 return None
             if (seconds := wait_s(num_blocks - first)) is None:
                 return None
             fetch = Fetch(tokens, identity, first, keys, time.monotonic() + seconds)
-            self._loader.start(fetch)
+            self._live.add(fetch)  # first: an interrupt loses no slots
             self._fetching[keys[first]] = fetch
+            try:
+                self._loader.start(fetch)
+            except BaseException:
+                self.cancel(fetch)
+                raise
         fetch.num_waiting += 1
         return fetch
 
@@ -196,7 +193,9 @@ class Tiering:
             if added is None:
                 self._staging.give(fetch.take(len(fetch.slots))[0])
         if fetch.slots:
-            self._fetching[fetch.keys[fetch.first]] = fetch
+            self._fetching.setdefault(fetch.keys[fetch.first], fetch)
+        else:
+            self._live.discard(fetch)
         return added or {}
 
     def _attach(self, fetch: Fetch, count: int) -> dict[str, int] | None:
@@ -260,6 +259,7 @@ class Tiering:
         fetch.num_waiting -= 1
         if fetch.num_waiting <= 0:
             self._unlist(fetch)
+            self._live.discard(fetch)
             self._loader.cancel(fetch)
 
     def _unlist(self, fetch: Fetch) -> None:
@@ -372,9 +372,13 @@ class Tiering:
         count = 0
         for prompt in prompts:
             fetch = self._begin(prompt, identity, lambda _: wait_s)
-            if fetch is not None and fetch.work is not None:
-                wait([fetch.work])
-                count += sum(self.attach(fetch).values())
+            if fetch is not None:
+                try:
+                    wait([fetch.work])
+                    count += sum(self.attach(fetch).values())
+                except BaseException:
+                    self.cancel(fetch)
+                    raise
         return count
 
     def retain(self, prompt: ArrayLike, **key: Unpack[KeyParts]) -> int:
@@ -400,21 +404,18 @@ class Tiering:
         are saved, and those that are too old before others are loaded. Raises: `ValueError`,
         `TypeError` for a bad argument.
         """
-        num_bytes = arguments.parse_memory(capacity, "capacity")
-        num_blocks = None if num_bytes is None else num_bytes // self._staging.block_bytes
-        ttl_s = None if ttl_s is None else arguments.seconds("ttl_s", ttl_s)
-        self._tracked.set_limit(_named(namespace), Limit(num_blocks, ttl_s))
+        limit = Limit.parsed(capacity, ttl_s, self._staging.block_bytes)
+        self._tracked.set_limit(checked_name(namespace), limit)
 
     def forget(self, namespace: str) -> Future[int]:
         """Drop the blocks of a namespace from the prefix cache, and soon from all stores.
 
         Fetches under way add nothing. Blocks that a sequence holds stay cached. Returns how many
-        blocks left the stores: call it again if a store failed. Stores may have others, which
-        earlier processes or other machines saved: only another secret in `context_of` makes sure
-        that no block is found. O(cached blocks of the namespace).
+        blocks left the stores: call it again if a store failed. Blocks that other processes saved
+        may stay: only another secret in `context_of` makes sure that none is found. O(cached blocks of the namespace).
         """
-        self._manager.cached.evict(_named(namespace))
-        for fetch in self._fetching.values():
+        self._manager.cached.evict(checked_name(namespace))
+        for fetch in self._live:
             fetch.is_void = fetch.is_void or fetch.identity["namespace"] == namespace
         return self._saver.forget(namespace)
 
@@ -425,7 +426,7 @@ class Tiering:
                 TierStats(store.name, store.stats(), cost.latency_s, cost.bytes_per_s)
                 for store, cost in zip(self.stores, self._loader.costs, strict=True)
             ),
-            num_fetching=len(self._fetching),
+            num_fetching=len(self._live),
             num_free_slots=self._staging.num_free,
             total_declined=self._num_declined,
             total_dropped_dirty=self._manager.cached.num_dropped_dirty,
@@ -433,20 +434,18 @@ class Tiering:
 
     # ---------------------------------------------------------------- end
 
+    def finish_by(self, deadline: float) -> None:
+        """Let all saves end at a time of `time.monotonic()`. Call it before `close`. O(1)."""
+        self._saver.ends_at = deadline
+
     def close(self) -> None:
-        """Wait for the threads, and close the stores. Twice is the same as once."""
+        """Wait for saves, at most `max_wait_s` seconds, and close the stores. Twice is as once."""
         self._is_open = False
         self._loader.close()
         self._saver.close()
-        for fetch in list(self._fetching.values()):
+        for fetch in list(self._live):
             fetch.num_waiting = 1
             self.cancel(fetch)
         with contextlib.ExitStack() as stores:  # closes all, whichever raises
             for store in self.stores:
                 stores.callback(store.close)
-
-
-def _named(namespace: str) -> str:
-    if not isinstance(namespace, str):
-        raise TypeError(f"namespace={namespace!r}: expected a name")
-    return namespace

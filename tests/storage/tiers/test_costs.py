@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvpager.storage.tiers.costs import TransferCost
+from kvpager.storage.tiers.protocol import Loaded
 from tests.support.dict_store import DictStore
 from tests.support.tier_node import Node, finished, prompt
 
@@ -88,6 +91,27 @@ def test_a_store_with_few_of_the_blocks_is_judged_by_these() -> None:
     finished(fetch)
     assert node.tiering.attach(fetch) == {}
     assert fast.num_loads == 0
+    node.end()
+
+
+def test_blocks_that_were_too_late_to_be_tried_do_not_count_as_loaded() -> None:
+    class Slow(DictStore):
+        def load(self, keys: Any, into: Any, deadline: float) -> Any:
+            outcomes = super().load(keys, into, deadline)
+            outcomes[1:] = Loaded.LATE
+            return outcomes
+
+    one = Node()
+    one.compute(prompt(1))
+    one.clean()
+    slow = Slow(one.storage.block_bytes)
+    slow.blocks = one.stores[0].blocks
+    node = Node([slow])
+    (cost,) = node.tiering._loader.costs
+    measured = list[int]()
+    cost.loaded = lambda num_bytes, seconds: measured.append(num_bytes)
+    assert node.fetch(prompt(1)) == 1
+    assert measured == [2 * one.storage.block_bytes]  # the second was tried
     node.end()
 
 

@@ -243,6 +243,44 @@ def test_a_fetch_of_a_forgotten_namespace_adds_nothing() -> None:
     node.end()
 
 
+def test_all_fetches_of_a_forgotten_namespace_add_nothing() -> None:
+    one = Node(num_blocks=64)
+    one.compute(prompt(1, 33), namespace="a")
+    one.clean()
+    node = Node(one.stores, num_blocks=64)
+    fetches = []
+    for length in (4, 17):  # the first blocks are computed while others are fetched
+        node.compute(prompt(1, length), namespace="a")
+        fetch = node.tiering.begin(prompt(1, 33), namespace="a")
+        assert fetch is not None
+        finished(fetch)
+        fetches.append(fetch)
+    held = node.manager.allocate(prompt(1, 17), namespace="a")
+    node.tiering.attach(fetches[0], 4 - fetches[0].first)
+    assert fetches[0].first == fetches[1].first
+    node.tiering.forget("a").result(60)
+    assert [node.tiering.attach(fetch) for fetch in fetches] == [{}, {}]
+    node.manager.free(held)
+    node.end()
+
+
+def test_a_namespace_is_forgotten_while_the_interpreter_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = Node()
+    saved(node, 1, namespace="a")
+    with monkeypatch.context() as ending:
+        for executor in (node.tiering._saver._thread, node.tiering._loader._threads):
+            ending.setattr(executor, "submit", ended)
+        assert node.fetch(prompt(2)) == 0
+        assert node.tiering.forget("a").result(60) == 5
+    node.end()
+
+
+def ended(*_: Any) -> None:
+    raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+
 def test_a_namespace_with_a_quota_on_the_device_is_forgotten_too() -> None:
     node = Node(num_blocks=32)
     node.manager.quotas.set("a", ceiling=20)

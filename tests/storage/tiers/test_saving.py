@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvpager.storage.tiers.protocol import Saved
@@ -22,6 +24,33 @@ def test_a_block_that_no_store_took_is_dirty_and_offered_once_a_use(answer: Save
     node.manager.clear_prefix_cache()
     assert node.manager.cached.num_dropped_dirty == 5
     node.end()
+
+
+@pytest.mark.parametrize("finish_by", [None, 60.0])
+def test_saves_share_one_deadline_once_the_tiering_closes(finish_by: float | None) -> None:
+    class Noting(DictStore):
+        def save(self, keys: Any, blocks: Any, deadline: float) -> Any:
+            deadlines.append(deadline)
+            return super().save(keys, blocks, deadline)
+
+    deadlines: list[float] = []
+    node = Node([Noting(0)], num_blocks=64, max_wait_s=100.0)
+    store = node.stores[0]
+    store.gate.clear()
+    for seed in range(5):
+        node.compute(prompt(seed))
+        assert node.tiering.clean() == 5
+    while not deadlines:  # the thread waits in the first save
+        pass
+    if finish_by is not None:
+        node.tiering.finish_by(finish_by)
+    shutdown = node.tiering._saver._thread.shutdown
+    node.tiering._saver._thread.shutdown = lambda: (store.gate.set(), shutdown())
+    node.end()
+    assert len(set(deadlines[1:])) == 1
+    assert len(deadlines) == 5
+    if finish_by is not None:
+        assert deadlines[-1] == finish_by
 
 
 def test_a_saved_block_is_evicted_without_a_loss() -> None:

@@ -265,6 +265,45 @@ def test_traffic_at_random_reads_what_was_computed(seed: int) -> None:
         node.end()
 
 
+def test_an_interrupted_begin_loses_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node()
+    node.compute(prompt(1))
+    node.clean()
+    submit = node.tiering._loader._threads.submit
+
+    def interrupted(*work: Any) -> None:
+        submit(*work).result(60)
+        raise KeyboardInterrupt
+
+    node.manager.clear_prefix_cache()
+    monkeypatch.setattr(node.tiering._loader._threads, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        node.tiering.begin(prompt(1))
+    monkeypatch.undo()
+    assert node.staging.num_free == node.staging.num_slots
+    assert node.tiering.stats().num_fetching == 0
+    assert node.fetch(prompt(1)) == 5
+    node.end()
+
+
+def test_a_cancelled_fetch_begins_no_more_transfers() -> None:
+    node = Node(num_blocks=64, slots=64)
+    node.compute(prompt(1, 40 * SIZE))
+    node.clean()
+    (store,) = node.stores
+    other = Node(node.stores, num_blocks=64, slots=64)
+    store.gate.clear()
+    fetch = other.tiering.begin(prompt(1, 40 * SIZE))
+    assert fetch is not None
+    while not fetch.work.running():
+        pass
+    other.tiering.cancel(fetch)
+    store.gate.set()
+    finished(fetch)
+    assert store.num_loads <= 16
+    other.end()
+
+
 def test_a_cancelled_fetch_asks_no_store() -> None:
     node = Node()
     for seed in range(2):
@@ -278,7 +317,7 @@ def test_a_cancelled_fetch_asks_no_store() -> None:
     for fetch in [*busy, *waiting]:
         assert fetch is not None
         other.tiering.cancel(fetch)
-    assert all(fetch.work.cancelled() for fetch in waiting if fetch and fetch.work)
+    assert all(fetch.work.cancelled() for fetch in waiting if fetch)
     store.gate.set()
     other.end()
 
