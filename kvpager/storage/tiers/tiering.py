@@ -412,7 +412,8 @@ class Tiering:
 
         Fetches under way add nothing. Blocks that a sequence holds stay cached. Returns how many
         blocks left the stores: call it again if a store failed. Blocks that other processes saved
-        may stay: only another secret in `context_of` makes sure that none is found. O(cached blocks of the namespace).
+        may stay: only another secret in `context_of` makes sure that none is found.
+        O(cached blocks of the namespace).
         """
         self._manager.cached.evict(checked_name(namespace))
         for fetch in self._live:
