@@ -72,6 +72,23 @@ def test_ls_and_stats_look_into_a_store_in_use(folder: Path) -> None:
     assert (found["layout"], found["seal"]) == ("of a test", "Digest")
 
 
+def test_ls_changes_no_file_and_needs_no_right_to_write(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = list[int]()
+    real = os.open
+
+    def noting(path: Any, flag: int, *rest: Any, **more: Any) -> int:
+        flags.append(flag)
+        return real(path, flag, *rest, **more)
+
+    monkeypatch.setattr(os, "open", noting)
+    for file in folder.iterdir():
+        file.chmod(0o400)
+    assert figures("ls", str(folder))["blocks"] == 10
+    assert not any(flag & (os.O_RDWR | os.O_WRONLY | os.O_CREAT) for flag in flags)
+
+
 def test_verify_refuses_a_store_in_use(folder: Path) -> None:
     store = opened(folder)
     try:

@@ -105,9 +105,8 @@ class Tiering:
         self.prompts = PromptSaver(manager, staging, self.stores, self._keying, self._saver)
         self._num_declined = 0
         self._is_open = True
-        self._ahead: int | None = None
-        if all(getattr(store, "is_private", False) for store in self.stores):
-            self._ahead = max(manager.num_blocks // _AHEAD_PART, _AHEAD_MIN)
+        is_private = all(getattr(store, "is_private", False) for store in self.stores)
+        self._ahead = max(manager.num_blocks // _AHEAD_PART, _AHEAD_MIN) if is_private else None
         self._num_evicted = 0  # at the last `clean`
         self.is_clean = False
 
@@ -318,9 +317,8 @@ class Tiering:
             self._staging.give(slots)
         if chosen:
             parts = zip(chosen, namespaces, used, strict=True)
-            self._saver.submit(
-                [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
-            )
+            staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
+            self._saver.submit(staged)
         return len(chosen)
 
     def _wanted(self, keys: list[bytes]) -> list[list[int]]:

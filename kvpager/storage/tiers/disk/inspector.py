@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvpager.storage.tiers.disk.directory import TABLE, read_format
 from kvpager.storage.tiers.disk.segments import slot_bytes
-from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES, Record, SlotTable
+from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES, read_table
 from kvpager.storage.tiers.disk.store import DiskStore
 from kvpager.storage.tiers.frame import Fault
 from kvpager.storage.tiers.inspection import StoredBlock
@@ -45,7 +45,8 @@ class DiskInspector:
     def blocks(self) -> Iterator[StoredBlock]:
         """Yield the blocks, the one that leaves first first. O(blocks log blocks)."""
         now = time.time()
-        for record in self._records():
+        records = read_table(self._path / TABLE).values()
+        for record in sorted(records, key=lambda record: record.order):
             age_s = max(0.0, now - record.saved_ms / 1000)
             yield StoredBlock(record.key, self._layout.block_bytes, age_s)
 
@@ -68,13 +69,6 @@ class DiskInspector:
     @property
     def _num_slots(self) -> int:
         return os.stat(self._path / TABLE).st_size // RECORD_BYTES
-
-    def _records(self) -> list[Record]:
-        table = SlotTable(self._path / TABLE, self._num_slots)
-        try:
-            return sorted(table.read().values(), key=lambda record: record.order)
-        finally:
-            table.close()
 
     def _opened(self) -> DiskStore:
         """Return the store, locked for this process, with the capacity that it has."""

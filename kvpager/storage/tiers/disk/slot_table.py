@@ -52,16 +52,7 @@ class SlotTable:
 
     def read(self) -> dict[int, Record]:
         """Return the records of all slots that have an undamaged one. O(slots)."""
-        size = self._num_slots * RECORD_BYTES
-        data = _read_all(self._file, size)
-        rows = np.frombuffer(data, np.uint8).reshape(-1, RECORD_BYTES)
-        found = {}
-        for slot in np.flatnonzero(rows.any(axis=1)).tolist():
-            raw = data[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES]
-            key, saved, order, check = _RECORD.unpack(raw)
-            if check == _check(slot, raw[:_CHECKED]):
-                found[slot] = Record(key, saved, order)
-        return found
+        return _records(self._file, self._num_slots)
 
     def write(self, slot: int, record: Record) -> None:
         """Write the record of a slot. O(1). Raises: `OSError`."""
@@ -85,6 +76,24 @@ class SlotTable:
     def _write(self, slot: int, raw: bytes) -> None:
         if os.pwrite(self._file, raw, slot * RECORD_BYTES) != len(raw):
             raise OSError(f"slot {slot}: the record was written in part")
+
+
+def read_table(path: Path) -> dict[int, Record]:
+    """Return the records of a table that another process may use. O(slots). Raises: `OSError`."""
+    with path.open("rb") as table:
+        return _records(table.fileno(), os.fstat(table.fileno()).st_size // RECORD_BYTES)
+
+
+def _records(file: int, num_slots: int) -> dict[int, Record]:
+    data = _read_all(file, num_slots * RECORD_BYTES)
+    rows = np.frombuffer(data, np.uint8).reshape(-1, RECORD_BYTES)
+    found = {}
+    for slot in np.flatnonzero(rows.any(axis=1)).tolist():
+        raw = data[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES]
+        key, saved, order, check = _RECORD.unpack(raw)
+        if check == _check(slot, raw[:_CHECKED]):
+            found[slot] = Record(key, saved, order)
+    return found
 
 
 def _read_all(file: int, size: int) -> bytes:
