@@ -353,7 +353,7 @@ def test_a_model_in_training_is_refused(disk: str) -> None:
         ({"model_id": "name"}, "model_id: of use with tiers only"),
         ({"seal": Digest()}, "seal: of use with tiers only"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_do_not_fit_are_refused(
     model: Any, options: dict[str, Any], message: str
