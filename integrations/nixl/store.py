@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvpager import _validate as arguments
-from kvpager._text import size
 from kvpager.integrations.nixl.agent import open_agent
 from kvpager.integrations.nixl.jobs import Read, Slots, Write
 from kvpager.integrations.nixl.mover import Mover
 from kvpager.integrations.nixl.places import FilePlace, ObjectPlace, Place
 from kvpager.storage.keys import KEY_BYTES
-from kvpager.storage.tiers.checks import check_blocks
+from kvpager.storage.tiers.checks import blocks_in, check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.disk.segments import slot_bytes
 from kvpager.storage.tiers.frame import Framing
@@ -72,7 +71,7 @@ class NixlStore:
         """
         self._framing = Framing(layout, seal)
         each = slot_bytes(layout.block_bytes)
-        num_slots = _slots_in(capacity, each)
+        num_slots = arguments.count("capacity in blocks", blocks_in(capacity, each))
         agent = open_agent(backend, options or {})
         kinds = agent.get_backend_mem_types(backend)
         place: Place
@@ -161,15 +160,3 @@ class NixlStore:
         self._mover.run([read], deadline)
         self.drop([key])
         return read.outcome == Loaded.HIT
-
-
-def _slots_in(capacity: int | str, each: int) -> int:
-    num_bytes = arguments.parse_memory(capacity, "capacity")
-    if num_bytes is None:
-        raise TypeError("capacity=None: expected bytes or a text such as '200GiB'")
-    if num_bytes < each:
-        raise ValueError(
-            f"capacity={capacity!r}: room for no block. "
-            f"Expected at least {size(each, round_up=True)}."
-        )
-    return arguments.count("capacity in blocks", num_bytes // each)

@@ -66,14 +66,21 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @contextlib.contextmanager
-def engine_over(model: Any, tiers: Any, **options: Any) -> Iterator[Engine]:
-    """An engine whose fetches take as long as a busy machine needs."""
+def patient_tiering() -> Iterator[None]:
+    """Engines and patches made in it have fetches as long as a busy machine needs."""
     patient = functools.partial(Tiering, max_wait_s=60.0)
     opening.Tiering, before = patient, opening.Tiering  # type: ignore[misc]
     try:
-        engine = Engine(model, **{"memory": "4MiB", "tiers": tiers, "costs": _DEAR} | options)
+        yield
     finally:
         opening.Tiering = before  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def engine_over(model: Any, tiers: Any, **options: Any) -> Iterator[Engine]:
+    """An engine whose fetches take as long as a busy machine needs."""
+    with patient_tiering():
+        engine = Engine(model, **{"memory": "4MiB", "tiers": tiers, "costs": _DEAR} | options)
     with engine:
         yield engine
 

@@ -95,8 +95,8 @@ def patch(
             it.
 
     Raises: `TypeError`, `ValueError` for invalid arguments, such as a `memory` smaller than one
-    block; `KVPagerError` if the model is patched already, or can have no `tiers`; errors of opening
-    these. The model is then as it was.
+    block; `KVPagerError` if the model is patched already, or can have no `tiers`. Errors of opening
+    a store pass through. The model is then as it was.
     """
     warn_if_untested()
     if model is not None and not _can_generate(model):

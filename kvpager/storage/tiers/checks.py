@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvpager import _validate as arguments
+from kvpager._text import size
 from kvpager.storage.keys import KEY_BYTES
 
 
@@ -29,3 +31,16 @@ def check_blocks(
             raise ValueError(f"{name}: expected contiguous buffers of {block_bytes} bytes")
         if name == "into" and buffer.readonly:
             raise ValueError(f"{name}: expected writable buffers")
+
+
+def blocks_in(capacity: int | str, block_bytes: int) -> int:
+    """Return how many blocks `capacity` bytes hold. O(1). Raises: `ValueError`, `TypeError`."""
+    num_bytes = arguments.parse_memory(capacity, "capacity")
+    if num_bytes is None:
+        raise TypeError("capacity=None: expected bytes or a text such as '200GiB'")
+    if num_bytes < block_bytes:
+        raise ValueError(
+            f"capacity={capacity!r}: room for no block. "
+            f"Expected at least {size(block_bytes, round_up=True)}."
+        )
+    return num_bytes // block_bytes

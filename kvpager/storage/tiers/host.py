@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager import _validate as arguments
-from kvpager._text import size
-from kvpager.storage.tiers.checks import check_blocks
+from kvpager.storage.tiers.checks import blocks_in, check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, SlotPolicy
 from kvpager.storage.tiers.layout import BlockLayout
@@ -44,16 +42,8 @@ class HostStore:
         for a number of blocks, least recently used unless given. Raises: `ValueError` for room for
         no block; `MemoryError` if the system refuses.
         """
-        num_bytes = arguments.parse_memory(capacity, "capacity")
-        if num_bytes is None:
-            raise TypeError("capacity=None: expected bytes or a text such as '4GiB'")
         self.block_bytes = layout.block_bytes
-        num_blocks = num_bytes // self.block_bytes
-        if not num_blocks:
-            raise ValueError(
-                f"capacity={capacity!r}: room for no block. "
-                f"Expected at least {size(self.block_bytes, round_up=True)}."
-            )
+        num_blocks = blocks_in(capacity, self.block_bytes)
         self._tier = KeyedTier(num_blocks, None if policy is None else policy(num_blocks))
         self._blocks = _allocated(num_blocks, self.block_bytes, capacity)
         self._counters = StoreCounters(self.block_bytes)

@@ -18,7 +18,7 @@ class Slots:
         self._free: list[int] = []
         self._writing: set[bytes] = set()
         self._readers: Counter[int] = Counter()
-        self._leaving: set[int] = set()  # their keys are forgotten, but readers still use them
+        self._leaving: set[int] = set()  # without a key, but still read
 
     def __contains__(self, key: bytes) -> bool:
         """Return True if `key` is ready. O(1)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -21,10 +20,16 @@ from kvpager.errors import KVPagerError  # noqa: E402
 from kvpager.integrations.huggingface.runner import tiers as opening  # noqa: E402
 from kvpager.scheduling.preemption import PreemptionCosts  # noqa: E402
 from kvpager.storage.tiers.seals import Digest  # noqa: E402
-from kvpager.storage.tiers.tiering import Tiering  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 from tests.support.llama_calls import generate  # noqa: E402
-from tests.support.tiered_engines import adapted, ask, edited, engine_over, llama  # noqa: E402
+from tests.support.tiered_engines import (  # noqa: E402
+    adapted,
+    ask,
+    edited,
+    engine_over,
+    llama,
+    patient_tiering,
+)
 from tests.support.tiered_engines import prompt as prompt_of_the_engine  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(  # of PEFT's
@@ -56,13 +61,9 @@ def ids(model: Any, inputs: Any, **options: Any) -> list[list[int]]:
 @contextlib.contextmanager
 def patched(model: Any, tiers: Any, **options: Any) -> Iterator[kvpager.Patch]:
     """A patch whose fetches take as long as a busy machine needs, and that leaves nothing held."""
-    patient = functools.partial(Tiering, max_wait_s=60.0)
-    opening.Tiering, before = patient, opening.Tiering  # type: ignore[misc]
-    try:
+    with patient_tiering():
         options = {"prefix_cache": True, "costs": _DEAR} | options
         patch = kvpager.patch(model, tiers=tiers, **options)
-    finally:
-        opening.Tiering = before  # type: ignore[misc]
     opened = patch.tiers
     assert opened is not None
     manager, tiering = opened._pool.manager, opened._tiering
