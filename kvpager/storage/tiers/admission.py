@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from kvpager import _validate as arguments
@@ -65,3 +66,27 @@ class Admission:
         if len(self._refused) > self._remembered:
             self._refused.popitem(last=False)
         return False
+
+
+class Admissions:
+    """The rules of several stores."""
+
+    def __init__(self, stores: Sequence[BlockStore], admit: Admit, num_device_blocks: int) -> None:
+        """See `admission`. Raises: `ValueError` for another `admit`."""
+        self._rules = [(store, admission(store, admit, num_device_blocks)) for store in stores]
+
+    def wanted(self, keys: Iterable[bytes]) -> list[list[int]]:
+        """Return the numbers of the stores that each block is offered. O(keys * stores)."""
+        offered = [
+            (number, rule, rule is None or has_free_room(store))
+            for number, (store, rule) in enumerate(self._rules)
+            if not getattr(store, "bypassed", False)
+        ]
+        return [
+            [
+                number
+                for number, rule, has_room in offered
+                if rule is None or rule.admits(key, has_room=has_room)
+            ]
+            for key in keys
+        ]

@@ -86,6 +86,18 @@ class Saver:
         work.add_done_callback(lambda _: self._on_end())
         return work
 
+    def promote(
+        self, keys: list[bytes], namespace: str | None, slots: list[int], sources: list[int]
+    ) -> None:
+        """Save loaded blocks in the stores before the one each came from, if staging has room."""
+        blocks = [
+            StagedBlock(key, namespace, slot, range(source))
+            for key, slot, source in zip(keys, slots, sources, strict=True)
+        ]
+        if any(sources) and self._staging.num_free >= len(slots):
+            self._staging.share(slots)
+            self.submit(blocks)
+
     def forget(self, namespace: str) -> Future[int]:
         """Drop the known blocks of a namespace from all stores, after the saves before. O(1)."""
         try:

@@ -25,7 +25,7 @@ from kvpager.blocks.sequences import KeyParts
 from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
-from kvpager.storage.tiers.admission import Admit, admission, has_free_room
+from kvpager.storage.tiers.admission import Admissions, Admit
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys, checked_name
@@ -90,9 +90,7 @@ class Tiering:
         self._keying = ContentKeying(manager.block_size, context_of)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
-        self._admissions = [
-            (store, admission(store, admit, manager.num_blocks)) for store in self.stores
-        ]
+        self._admissions = Admissions(self.stores, admit, manager.num_blocks)
         step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
         self.step_blocks_max = max(1, step_bytes_max // staging.block_bytes)
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block, to share
@@ -221,7 +219,7 @@ class Tiering:
             slots, sources = slots[skipped:], sources[skipped:]
             if not slots:
                 return {}
-            self._promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
+            self._saver.promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
             self._staging.write(slots, manager.block_tables([sequence])[0][start:stop].tolist())
             manager.commit(sequence, stop * size)
             found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **shortened)
@@ -229,18 +227,6 @@ class Tiering:
             return self._mark_loaded(keys, sources)
         finally:
             manager.free(sequence)
-
-    def _promote(
-        self, keys: list[bytes], namespace: str | None, slots: list[int], sources: list[int]
-    ) -> None:
-        """Save blocks in the stores before the one each came from."""
-        blocks = [
-            StagedBlock(key, namespace, slot, range(source))
-            for key, slot, source in zip(keys, slots, sources, strict=True)
-        ]
-        if any(sources) and self._staging.num_free >= len(slots):
-            self._staging.share(slots)
-            self._saver.submit(blocks)
 
     def _mark_loaded(self, keys: list[bytes], sources: list[int]) -> dict[str, int]:
         """Mark blocks clean in the stores they came from. Return the tokens of each store."""
@@ -304,7 +290,7 @@ class Tiering:
         try:
             blocks = blocks[: len(slots)]
             keys = cached.keys(blocks, self._keying)
-            wanted = self._wanted(keys)
+            wanted = self._admissions.wanted(keys)
             chosen = [number for number, stores in enumerate(wanted) if stores]
             used = slots[: len(chosen)]
             namespaces = cached.namespaces(blocks[chosen])
@@ -320,22 +306,6 @@ class Tiering:
             staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
             self._saver.submit(staged)
         return len(chosen)
-
-    def _wanted(self, keys: list[bytes]) -> list[list[int]]:
-        """Return the numbers of the stores that each block is offered."""
-        offered = [
-            (number, rule, rule is None or has_free_room(store))
-            for number, (store, rule) in enumerate(self._admissions)
-            if not getattr(store, "bypassed", False)
-        ]
-        return [
-            [
-                number
-                for number, rule, has_room in offered
-                if rule is None or rule.admits(key, has_room=has_room)
-            ]
-            for key in keys
-        ]
 
     def _copy(self, blocks: Int32, slots: list[int]) -> bool:
         """Copy blocks into staging; return False if floors do not allow to hold them."""
