@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 from kvpager import _validate as arguments
+from kvpager._prometheus import Families
 
 
 class BlockStatus(IntEnum):
@@ -71,53 +72,40 @@ class Metrics:
     ) -> None:
         if block_bytes is not None:
             block_bytes = arguments.count("block_bytes", block_bytes, at_least=1)
-        if not prefix.isidentifier():
-            raise ValueError(f"prefix={prefix!r}: expected letters, digits and underscores")
         self._manager = manager
         self._block_bytes = block_bytes
-        self._prefix = prefix
+        self._families = Families(prefix)
 
     def collect(self) -> Iterator[Any]:
         """Yield the metric families. O(blocks + sequences), see `BlockManager.stats`."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        return block_families(self._families, self._manager.stats(), self._block_bytes)
 
-        stats = self._manager.stats()
-        states = {
-            "free": stats.num_free,
-            "held": stats.num_held,
-            "cached": stats.num_cached,
-            "kept": stats.num_kept,
-        }
-        blocks = GaugeMetricFamily(self._name("blocks"), "Device blocks.", labels=["state"])
-        for state, count in states.items():
-            blocks.add_metric([state], count)
-        yield blocks
-        gauges = {
-            "host_blocks_free": ("Free blocks of the host tier.", stats.num_host_free),
-            "sequences": ("Live sequences.", stats.num_sequences),
-            "sequences_swapped": ("Swapped sequences.", stats.num_swapped),
-            "tokens": ("Token slots in use.", stats.num_tokens),
-        }
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(self._name(name), text, value=value)
-        counters = {
-            "prefix_queries": ("Prompts looked up.", stats.total_prefix_queries),
-            "prefix_hits": ("Prompts with a cached prefix.", stats.total_prefix_hits),
-            "prefix_query_tokens": ("Tokens of prompts looked up.", stats.prefix_query_tokens),
-            "prefix_hit_tokens": ("Tokens found in the prefix cache.", stats.prefix_hit_tokens),
-            "blocks_copied": ("Blocks copied on write.", stats.total_copied),
-            "blocks_evicted": ("Cached blocks evicted.", stats.total_evicted),
-        }
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(self._name(name), text, value=value)
-        if self._block_bytes is None:
-            return
-        swapped = CounterMetricFamily(
-            self._name("swap_bytes"), "Bytes swapped to a tier.", labels=["tier"]
-        )
-        swapped.add_metric(["host"], stats.total_swapped_out * self._block_bytes)
-        swapped.add_metric(["device"], stats.total_swapped_in * self._block_bytes)
-        yield swapped
 
-    def _name(self, name: str) -> str:
-        return f"{self._prefix}_{name}"
+def block_families(make: Families, stats: Stats, block_bytes: int | None) -> Iterator[Any]:
+    """Yield the metric families of a manager; the swapped bytes if `block_bytes` is given. O(1)."""
+    states = {
+        ("free",): stats.num_free,
+        ("held",): stats.num_held,
+        ("cached",): stats.num_cached,
+        ("kept",): stats.num_kept,
+    }
+    yield make.gauge("blocks", "Device blocks.", states, "state")
+    yield make.gauge("host_blocks_free", "Free blocks of the host tier.", stats.num_host_free)
+    yield make.gauge("sequences", "Live sequences.", stats.num_sequences)
+    yield make.gauge("sequences_swapped", "Swapped sequences.", stats.num_swapped)
+    yield make.gauge("tokens", "Token slots in use.", stats.num_tokens)
+    for name, text, value in (
+        ("prefix_queries", "Prompts looked up.", stats.total_prefix_queries),
+        ("prefix_hits", "Prompts with a cached prefix.", stats.total_prefix_hits),
+        ("prefix_query_tokens", "Tokens of prompts looked up.", stats.prefix_query_tokens),
+        ("prefix_hit_tokens", "Tokens found in the prefix cache.", stats.prefix_hit_tokens),
+        ("blocks_copied", "Blocks copied on write.", stats.total_copied),
+        ("blocks_evicted", "Cached blocks evicted.", stats.total_evicted),
+    ):
+        yield make.counter(name, text, value)
+    if block_bytes is not None:
+        swapped = {
+            ("host",): stats.total_swapped_out * block_bytes,
+            ("device",): stats.total_swapped_in * block_bytes,
+        }
+        yield make.counter("swap_bytes", "Bytes swapped to a tier.", swapped, "tier")

@@ -132,6 +132,11 @@ class EngineCore:
         return self._is_open and self.process.is_current
 
     @property
+    def block_bytes(self) -> int:
+        """The bytes of a block. O(1)."""
+        return self.runner.block_bytes
+
+    @property
     def between_steps(self) -> list[Callable[[], None]]:
         """Functions that the engine's thread calls before each step; see `Loop`."""
         return self._loop.between_steps

@@ -21,6 +21,7 @@ from kvpager.integrations.huggingface.cache.prompt import Prompt
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.tiering import Tiering
+from kvpager.storage.tiers.tiering_stats import TieringStats
 
 logger = logging.getLogger("kvpager")
 
@@ -187,10 +188,14 @@ class PromptTiers:
         logger.exception("kvpager: tiers failed")
         self.turn_off("they failed")
 
+    def stats(self) -> TieringStats:
+        """Return current counts. O(stores)."""
+        return self._stats()
+
     def report(self) -> list[str]:
         """Return lines on what the tiers saved. O(stores)."""
         stores = ", ".join(f"{count} from {name}" for name, count in self._fetched.items())
-        saved = sum(tier.store.saved for tier in self._stats().tiers)
+        saved = sum(tier.store.saved for tier in self.stats().tiers)
         lines = [
             f"tiers: {counted(self._fetched.total(), 'token')} fetched, not computed"
             f"{f' ({stores})' if stores else ''}; {counted(saved, 'block')} saved"

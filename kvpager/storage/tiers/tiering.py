@@ -391,10 +391,7 @@ class Tiering:
     def stats(self) -> TieringStats:
         """Return counts since the tiering began. O(stores)."""
         return TieringStats(
-            tiers=tuple(
-                TierStats(store.name, store.stats(), cost.latency_s, cost.bytes_per_s)
-                for store, cost in zip(self.stores, self._loader.costs, strict=True)
-            ),
+            tiers=tuple(map(TierStats.of, self.stores, self._loader.costs)),
             num_fetching=len(self._live),
             num_free_slots=self._staging.num_free,
             total_declined=self._num_declined,

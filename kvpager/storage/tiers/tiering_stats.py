@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvpager.storage.tiers.protocol import StoreStats
+from kvpager.storage.tiers.costs import TransferCost
+from kvpager.storage.tiers.protocol import BlockStore, StoreStats
 
 
 class TierStats(NamedTuple):
-    """Counts of one store, and how fast it is by its own transfers, 0 if unknown."""
+    """Counts of one store, and how fast it is by its own transfers, 0 if unknown.
+
+    `bypassed` is True while its circuit breaker is open: it is asked nothing then, but for a probe.
+    """
 
     name: str
     store: StoreStats
     latency_s: float
     bytes_per_s: float
+    bypassed: bool
+
+    @classmethod
+    def of(cls, store: BlockStore, cost: TransferCost) -> TierStats:
+        """Return current counts. O(1)."""
+        bypassed = getattr(store, "bypassed", False)
+        return cls(store.name, store.stats(), cost.latency_s, cost.bytes_per_s, bypassed)
 
 
 class TieringStats(NamedTuple):
