@@ -15,6 +15,7 @@ from tests.support.dict_store import DictStore
 from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, ToyRunner
 
 BLOCK_BYTES = 8 * BLOCK_SIZE
+PROMPT = list(range(40))
 
 
 class ToyStaging:
@@ -94,3 +95,32 @@ class TieredEngine(ToyEngine):
                 if not fetching._may_be_dirty and self.staging.num_free == self.slots:
                     return
         raise AssertionError("blocks stay dirty")
+
+
+def store() -> DictStore:
+    return DictStore(BLOCK_BYTES)
+
+
+def store_with_the_prompt() -> DictStore:
+    """A store in which another engine saved the prompt."""
+    filled = store()
+    with TieredEngine([filled]) as engine:
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+    filled.is_closed = False
+    return filled
+
+
+class Watch:
+    """A model watch that says what it is told."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.doubt = None
+
+    def look(self) -> Watch:
+        seen = Watch()
+        seen.version = self.version
+        return seen
+
+    glance = look
