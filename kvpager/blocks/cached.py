@@ -6,7 +6,8 @@
 
 A block is *clean* in a store that has a copy of it: its eviction loses nothing. A block that is in
 no store is *dirty*. It is offered once each time it becomes idle, whatever the stores answer.
-Publishing a block again, with other tokens, makes it dirty.
+Publishing a block again, with other tokens, makes it dirty. Of a group of layers with a window,
+only blocks that a prompt continues from are offered, see `groups/continuations.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from kvpager import _validate as arguments
 from kvpager.blocks import preview
 from kvpager.blocks.mm_hashes import Tag
-from kvpager.blocks.pool import KEYED, OFFERED, STORES
+from kvpager.blocks.pool import KEYED, OFFERED, PASSING, STORES
 from kvpager.blocks.radix import Node
 from kvpager.blocks.state import BlockState
 from kvpager.plans import NO_BLOCKS, Int32
@@ -32,8 +33,12 @@ _LOOK_AT = 8  # blocks whose exact order is found, for each one wanted
 class Keying(Protocol):
     """Makes content keys of 32 bytes: a key covers all that a block's KV depends on."""
 
-    def root(self, namespace: str | None, lora: str | None) -> bytes:
-        """Return the key before the first block of a namespace and LoRA adapter."""
+    def root(self, namespace: str | None, lora: str | None, group: int) -> bytes:
+        """Return the key before the first block of a namespace, LoRA adapter and group."""
+        ...
+
+    def windowed(self, root: bytes, namespace: str | None, digest: bytes) -> bytes:
+        """Return the key of a block of a group with a window; `digest` covers its tokens."""
         ...
 
     def block(self, namespace: str | None, before: bytes, tokens: Int32, tag: Tag) -> bytes:
@@ -103,9 +108,9 @@ class CachedBlocks:
         return near
 
     def _to_offer(self) -> NDArray[np.bool_]:
-        """Return which blocks are idle, dirty, and not offered since they became idle."""
+        """Return which blocks are idle, dirty, not passing, and not offered since idle."""
         idle = self._are_idle()
-        idle &= self._state.pool.marks & (STORES | OFFERED) == 0
+        idle &= self._state.pool.marks & (STORES | OFFERED | PASSING) == 0
         return idle
 
     def _are_idle(self) -> NDArray[np.bool_]:
@@ -139,9 +144,12 @@ class CachedBlocks:
         while node is not None and node.parent is not None:
             runs.append(node)
             node = node.parent
-        pool = self._state.pool
+        pool, group = self._state.pool, runs[-1].group
         namespace, lora = runs[-1].tree[:2]
-        key = keying.root(namespace, lora)
+        key = keying.root(namespace, lora, group)
+        if self._state.windows[group] is not None:  # each block is a run
+            self._set_key(runs[0].first, keying.windowed(key, namespace, runs[0].digest))
+            return
         for run in reversed(runs):
             for block in run.blocks.tolist():
                 if pool.marks[block] & KEYED:

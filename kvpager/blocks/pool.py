@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32, Int64
 
-# Bits of `marks`, see `kvpager.blocks.cached`: stores, offered to stores, the content key is known.
-STORES, OFFERED, KEYED = (1 << 7) - 1, 1 << 7, 1 << 8
+# Bits of `marks`, see `kvpager.blocks.cached`: stores, offered to stores, the content key is known,
+# passing (see `groups/continuations.py`).
+STORES, OFFERED, KEYED, PASSING = (1 << 7) - 1, 1 << 7, 1 << 8, 1 << 9
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
@@ -180,7 +181,9 @@ class BlockPool:
         index = blocks.astype(np.intp, copy=False)
         self.cached[index] = False
         if self.counts_dirty:
-            self.num_dropped_dirty += int(np.count_nonzero(self.marks[index] & STORES == 0))
+            self.num_dropped_dirty += int(
+                np.count_nonzero(self.marks[index] & (STORES | PASSING) == 0)
+            )
         refs = self.refs[index]
         idle = index[refs == 0] if np.count_nonzero(refs) else index
         if self.num_holds:
@@ -283,7 +286,7 @@ class BlockPool:
             after[:kept] = before[:kept]
             after[new] = before[old]
             setattr(self, name, after)
-        self.marks &= np.uint16(STORES)  # the keys of blocks that move do not move along
+        self.marks &= np.uint16(STORES | PASSING)  # the keys of blocks that move do not move along
         num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
         free = self._stack[: self._stack_size]
         free = free[(free < num_blocks) & ~np.isin(free, new)]

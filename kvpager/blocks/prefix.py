@@ -165,14 +165,18 @@ class PrefixIndex:
                     position = stop
         return node, is_duplicate
 
-    def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> None:
-        """Publish a block at the front of `tree`; `settle` must follow. O(block_size)."""
+    def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> int:
+        """Publish a block at the front of `tree`; `settle` must follow. O(block_size).
+
+        Return the block in the index: an equal one that was published before, or `block`.
+        """
         root, key = self.root(tree), self._forest.key(block, tag)
         equal = root.children.get(key)
         if equal is None:
             self._begin_run(root, 0, np.array([block], np.int32), tag, key)
-            return
+            return block
         self._reuse(equal.blocks[:1])
+        return equal.first
 
     def _reuse(self, published: Int32) -> None:
         self.settle()

@@ -47,6 +47,17 @@ class Node:
         """The run, a view. O(1)."""
         return self._room[: self.end - self.start]
 
+    @property
+    def group(self) -> int:
+        """The group of layers whose blocks these are. O(1)."""
+        return self.tree[2] if len(self.tree) == 3 else 0
+
+    @property
+    def digest(self) -> bytes:
+        """The digest that names a block of a group with a window, see `groups/prefix.py`. O(1)."""
+        assert self.tag is not None
+        return self.tag[0][2]
+
     def extend(self, blocks: NDArray[np.integer[Any]]) -> None:
         """Append blocks to the run. Amortised O(blocks)."""
         used, needed = self.end - self.start, self.end - self.start + len(blocks)

@@ -170,6 +170,8 @@ class SequenceTable:
         "generations": np.int64,
         "swapped": np.bool_,
         "duplicates": np.bool_,  # the index may have a duplicate in place of a block of this row
+        "began": np.int64,  # tokens when it began, see `groups/continuations.py`
+        "behind": np.int64,  # the block before the first one, plus 1; 0 if there is none
         "waiting": np.int64,  # tokens behind `lengths` without slots, see `groups/extension.py`
     }
 
@@ -182,6 +184,8 @@ class SequenceTable:
     generations: Int64
     swapped: NDArray[np.bool_]
     duplicates: NDArray[np.bool_]
+    began: Int64
+    behind: Int64
     waiting: Int64
 
     def __init__(self, block_size: int, windows: tuple[int | None, ...] = (None,)) -> None:

@@ -85,6 +85,7 @@ class Truncation:
         counts, tables = firsts - table.first_blocks[rows], table.tables
         behind = np.repeat(tables.starts[rows] + table.first_blocks[rows], counts) + ranks(counts)
         blocks = tables.data[behind]
+        table.behind[rows] = tables.data[tables.starts[rows] + firsts - 1] + 1
         tables.data[behind] = -1
         table.first_blocks[rows] = firsts
         for row in rows.tolist():

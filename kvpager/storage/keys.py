@@ -1,9 +1,9 @@
 """Content keys of blocks that leave the process: a chain of keyed 256-bit digests.
 
-A block's key covers everything its KV depends on: storage layout, model, the namespace's secret,
-LoRA adapter, multimodal hashes, all earlier blocks, and its tokens. Fields are length-prefixed and
-in a fixed order, so different inputs never have the same encoding. Making a
-key or testing a guess needs the secret. The prefix index hashes nothing: it compares tokens.
+A block's key covers everything its KV depends on: storage layout, group of layers, model, the
+namespace's secret, LoRA adapter, multimodal hashes, all earlier blocks, and its tokens. Fields are
+length-prefixed and in a fixed order, so different inputs never have the same encoding. Making a key
+or testing a guess needs the secret. The prefix index hashes nothing: it compares tokens.
 
 Keys are the same in every process and on every machine. BLAKE2b: RFC 7693.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,7 +23,7 @@ from kvpager.blocks.mm_hashes import MMHash, Tag, read_mm_hashes
 from kvpager.plans import Int32
 
 KEY_BYTES = 32
-_ROOT, _BLOCK = b"kvpager root", b"kvpager block"  # at most 16 bytes each
+_ROOT, _BLOCK, _WINDOW = b"kvpager root", b"kvpager block", b"kvpager window"  # <= 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +53,45 @@ class KeyContext:
             raise ValueError("secret: expected 16 to 64 bytes, or empty")
 
 
+class KeyGroup(NamedTuple):
+    """One of a model's groups of layers, see `kvpager.blocks.groups`.
+
+    Attributes:
+        number: of the group.
+        windows: of all groups, in tokens; None for full attention.
+    """
+
+    number: int = 0
+    windows: tuple[int | None, ...] = (None,)
+
+    @property
+    def fields(self) -> tuple[bytes, ...]:
+        """What keys cover of the group: nothing if it is the only one, without a window."""
+        if self == _ALL_LAYERS:
+            return ()
+        numbers = self.number, *(0 if window is None else window for window in self.windows)
+        return tuple(number.to_bytes(8, "little") for number in numbers)
+
+
+_ALL_LAYERS = KeyGroup()
+
+
 def content_keys(
     ids: ArrayLike,
     block_size: int,
     context: KeyContext,
     mm_hashes: Iterable[tuple[int, int, bytes]] = (),
+    group: KeyGroup = _ALL_LAYERS,
 ) -> list[bytes]:
-    """Return the keys of a prompt's full blocks, 32 bytes each. O(tokens).
+    """Return the keys of a prompt's full blocks in a group without a window. O(tokens).
 
-    `mm_hashes`: as in `BlockManager.allocate`. Raises: `ValueError`, `TypeError` for bad arguments.
+    Each has 32 bytes. `mm_hashes`: as in `BlockManager.allocate`.
+    Raises: `ValueError`, `TypeError` for bad arguments.
     """
     tokens = arguments.token_ids(ids)
     block_size = arguments.block_size(block_size)
     shown = read_mm_hashes(mm_hashes, len(tokens))
-    key, secret = _root(context, block_size), context.secret
+    key, secret = _root(context, block_size, group), context.secret
     # One digest per block, of the previous key and its own bytes. Little-endian on every machine.
     data = np.ascontiguousarray(tokens, "<i4").tobytes()
     step, keys = 4 * block_size, list[bytes]()
@@ -77,25 +103,44 @@ def content_keys(
     return keys
 
 
-class ContentKeying:
-    """Makes the keys of blocks one by one, for `manager.cached.keys`; the same as `content_keys`.
+def window_keys(
+    digests: Iterable[bytes], block_size: int, context: KeyContext, group: KeyGroup
+) -> list[bytes]:
+    """Return the keys of blocks in a group with a window, 32 bytes each. O(digests).
 
-    `context_of` returns the context of a namespace and LoRA adapter. It must always return the
-    same one.
+    `digests` cover the tokens up to the end of each block: see `kvpager.blocks.groups.digests`.
+    """
+    root = _root(context, block_size, group)
+    return [_windowed(root, context.secret, digest) for digest in digests]
+
+
+class ContentKeying:
+    """Makes the keys of blocks one by one, for `manager.cached.keys`.
+
+    They are those of `content_keys` and `window_keys`. `context_of` returns the context of a
+    namespace and LoRA adapter. It must always return the same one. `windows` are the manager's.
     """
 
     def __init__(
-        self, block_size: int, context_of: Callable[[str | None, str | None], KeyContext]
+        self,
+        block_size: int,
+        context_of: Callable[[str | None, str | None], KeyContext],
+        windows: tuple[int | None, ...] = (None,),
     ) -> None:
         self._block_size = arguments.block_size(block_size)
         self._context_of = context_of
+        self._windows = windows
         self._secrets: dict[str | None, bytes] = {}
 
-    def root(self, namespace: str | None, lora: str | None) -> bytes:
-        """Return the key before the first block. O(1)."""
+    def root(self, namespace: str | None, lora: str | None, group: int) -> bytes:
+        """Return the key before the first block of a group. O(groups)."""
         context = self._context_of(namespace, lora)
         self._secrets[namespace] = context.secret
-        return _root(context, self._block_size)
+        return _root(context, self._block_size, KeyGroup(group, self._windows))
+
+    def windowed(self, root: bytes, namespace: str | None, digest: bytes) -> bytes:
+        """Return the key of a block of a group with a window, whose root this is. O(1)."""
+        return _windowed(root, self._secrets[namespace], digest)
 
     def block(self, namespace: str | None, before: bytes, tokens: Int32, tag: Tag) -> bytes:
         """Return the key of a block after the block with the key `before`. O(block_size)."""
@@ -108,11 +153,15 @@ def _block(before: bytes, tokens: bytes, behind: bytes, secret: bytes) -> bytes:
     return blake2b(block, digest_size=KEY_BYTES, key=secret, person=_BLOCK).digest()
 
 
+def _windowed(root: bytes, secret: bytes, digest: bytes) -> bytes:
+    return blake2b(root + digest, digest_size=KEY_BYTES, key=secret, person=_WINDOW).digest()
+
+
 def _behind(tag: Tag) -> bytes:
     return _joined(_fields(tag)) if tag else b""
 
 
-def _root(context: KeyContext, block_size: int) -> bytes:
+def _root(context: KeyContext, block_size: int, group: KeyGroup) -> bytes:
     lora = b"" if context.lora is None else context.lora.encode()
     fields = (
         context.layout.encode(),
@@ -120,6 +169,7 @@ def _root(context: KeyContext, block_size: int) -> bytes:
         bytes([context.lora is not None]),
         lora,
         block_size.to_bytes(8, "little"),
+        *group.fields,
     )
     return blake2b(
         _joined(fields), digest_size=KEY_BYTES, key=context.secret, person=_ROOT

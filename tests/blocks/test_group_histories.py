@@ -259,6 +259,33 @@ class Groups(RuleBasedStateMachine):
         self.manager.commit(row.handle)
         self.read(row, row.computed)
 
+    @rule(pick=st.integers(0, 5), cut=st.integers(0, 4))
+    def restore(self, pick: int, cut: int) -> None:
+        """Bring back the beginning of a sequence, as from a store."""
+        known = [*self.past, *(row.content for row in self.live)]
+        if not known:
+            return
+        content = known[-1 - pick % len(known)]
+        num_blocks = max(len(content) // self.size - cut, 0)
+        restored = self.attempt(
+            self.manager.restore, content.tokens, num_blocks, namespace=content.namespace
+        )
+        if restored is None:
+            return
+        handle, missing = restored
+        self.manager.check()
+        tables = self.manager.block_tables([handle])[:, 0]
+        for group, position in zip(*missing.nonzero(), strict=True):
+            first = int(position) * self.size
+            slots = tables[group, position] * self.size + np.arange(self.size)
+            self.memory.write(slots, content.values[first : first + self.size])
+        if cut % 2 == 0:
+            self.manager.commit(handle)
+        self.manager.free(handle)
+        if num_blocks and cut % 2 == 0:
+            ids = content.tokens[: num_blocks * self.size]
+            assert self.manager.match_prefix(ids, namespace=content.namespace) == len(ids)
+
     @rule(row=rows)
     def swap(self, row: Row | None) -> None:
         if row is None or row not in self.live:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvpager import _validate as arguments
+from kvpager.blocks.groups.continuations import Continuations
 from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.publication import Publication
 from kvpager.blocks.state import BlockState
@@ -15,13 +16,13 @@ from kvpager.plans import Int64
 class GroupCommit(Publication):
     """Commits tokens in all groups, and releases the blocks behind windows.
 
-    The caller holds the lock. Writes what `Publication`, `WindowIndex` and `Truncation` write, and
-    `committed`.
+    The caller holds the lock. Writes what `Publication`, `WindowIndex`, `Continuations` and
+    `Truncation` write, and `committed`.
     """
 
-    def __init__(self, state: BlockState, index: WindowIndex) -> None:
+    def __init__(self, state: BlockState, index: WindowIndex, continuations: Continuations) -> None:
         super().__init__(state)
-        self._index = index
+        self._index, self._continuations = index, continuations
         self._truncation = Truncation(state)
         windows = [window for window in state.windows if window is not None]
         self._spans: Int64 = np.array(windows, np.int64)[:, None]
@@ -55,8 +56,14 @@ class GroupCommit(Publication):
         ends = np.minimum(committed, rows.known[windowed]) >> state.shift
         news = ends > rows.published[windowed]
         if np.count_nonzero(news):
-            for row, end in zip(windowed[news].tolist(), ends[news].tolist(), strict=True):
-                self._index.publish(row, end)
-            state.index.settle()
+            self._publish_windowed(windowed[news].tolist(), ends[news].tolist())
         starts = np.maximum(committed - self._spans + 1, 0)  # see `first_visible`
         self._truncation.release_before(windowed.ravel(), starts.ravel())
+
+    def _publish_windowed(self, rows: list[int], ends: list[int]) -> None:
+        state, begins = self._state, self._state.rows.published[rows].tolist()
+        published = [self._index.publish(row, end) for row, end in zip(rows, ends, strict=True)]
+        state.index.settle()
+        for row, begin, end, blocks in zip(rows, begins, ends, published, strict=True):
+            own = state.rows.tables.part(row, begin, end)
+            self._continuations.publish(row, begin, own, blocks)

@@ -15,16 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from kvpager import _validate as arguments
+from kvpager.blocks.allocation import identity
+from kvpager.blocks.cached import CachedBlocks
 from kvpager.blocks.groups.allocation import GroupAllocation
 from kvpager.blocks.groups.commit import GroupCommit
+from kvpager.blocks.groups.continuations import Continuations
 from kvpager.blocks.groups.extension import GroupExtension
 from kvpager.blocks.groups.prefix import WindowIndex
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.state import BlockState
-from kvpager.plans import Int64
+from kvpager.plans import Int32, Int64
 
 
 class GroupedManager(BlockManager):
@@ -41,7 +47,7 @@ class GroupedManager(BlockManager):
       blocks that the next token does not attend to; published blocks stay cached.
     - A prompt reuses the longest prefix of whole blocks that every group can serve.
     - `truncate` raises `ValueError` if the next token would attend to a released block.
-    - `drop_before` raises. `pins`, `cached` and `events` are missing.
+    - `drop_before` raises. `pins` and `events` are missing.
 
     Args:
         windows: the sliding window of each group, in tokens, the token itself included; None for
@@ -73,9 +79,12 @@ class GroupedManager(BlockManager):
             max_chunk = arguments.count("max_chunk", max_chunk, at_least=1)
         sizes = num_blocks, block_size, num_host_blocks
         state = BlockState(*sizes, eviction, windows=windows, max_chunk=max_chunk)
+        self.cached = CachedBlocks(state)
         index, self._opening = WindowIndex(state), GroupExtension(state)
-        allocation = GroupAllocation(state, index, self._opening)
-        self._assemble(state, allocation, self._opening, GroupCommit(state, index))
+        continuations = Continuations(state)
+        self._beginning = GroupAllocation(state, index, self._opening, continuations)
+        commit = GroupCommit(state, index, continuations)
+        self._assemble(state, self._beginning, self._opening, commit)
 
     def open_slots(self, sequence: SequenceHandle, start: int, stop: int) -> Int64:
         """Return the slots of tokens about to be written, int64 [groups, tokens]. O(tokens).
@@ -91,3 +100,43 @@ class GroupedManager(BlockManager):
             self.queries.refuse_behind(first, start, stop)
             self._opening.open(first, stop)
             return self.queries.slots_of(first, start, stop)
+
+    def cached_blocks(
+        self,
+        prompt: ArrayLike,
+        *,
+        namespace: str | None = None,
+        lora: str | None = None,
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
+    ) -> Int32:
+        """Return the cached blocks of a prompt, int32 [groups, blocks], -1 for the others.
+
+        They may be too few to continue from: `match_prefix` returns those that are enough.
+        O(tokens * groups). Raises: as `allocate`.
+        """
+        ids = arguments.token_ids(prompt)
+        who = identity(namespace, lora, mm_hashes, len(ids))
+        with self._state.lock:
+            return self._beginning.held(who, ids)
+
+    def restore(
+        self,
+        prompt: ArrayLike,
+        num_blocks: int,
+        *,
+        namespace: str | None = None,
+        lora: str | None = None,
+        mm_hashes: Iterable[tuple[int, int, bytes]] = (),
+    ) -> tuple[SequenceHandle, NDArray[np.bool_]]:
+        """Begin a sequence of a prompt's first `num_blocks` blocks, whose KV the caller has.
+
+        Groups with a window get only the blocks of the last window. Also returns which blocks are
+        not cached, bool [groups, num_blocks]: fill these, then `commit` and `free` the sequence.
+        Do not append to it. O(tokens * groups). Raises: as `allocate`.
+        """
+        ids = arguments.token_ids(prompt)
+        most = len(ids) // self.block_size
+        num_blocks = arguments.count("num_blocks", num_blocks, at_most=most)
+        who = identity(namespace, lora, mm_hashes, len(ids))
+        with self._state.lock, self._state.change:
+            return self._beginning.restore(who, ids[: num_blocks * self.block_size])

@@ -13,11 +13,11 @@ by its own rank, before blocks that are still in use.
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
 
+from kvpager.blocks.groups.digests import extend_digests
 from kvpager.blocks.mm_hashes import MMHashes, Tag
 from kvpager.blocks.radix import Node, TreeKey, key_of
 from kvpager.blocks.sequences import Prompt
@@ -25,13 +25,11 @@ from kvpager.blocks.state import BlockState
 from kvpager.blocks.windows import first_needed
 from kvpager.plans import Int32
 
-_FRONT = bytes(32)  # the digest before the first token
-
 
 class Hit(NamedTuple):
-    """The cached prefix of a prompt, in whole blocks."""
+    """Cached blocks of a prompt."""
 
-    tables: Int32  # [groups, blocks], -1 behind a window
+    tables: Int32  # [groups, blocks], -1 for no block
     nodes: list[Node | None]  # of the last block, in groups without a window
     digests: list[bytes]  # of the prompt's blocks
 
@@ -63,22 +61,47 @@ class WindowIndex:
                 match = state.index.match(trees[group], ids[: most * size], prompt.mm_hashes)
                 runs[group], hit.nodes[group] = match.blocks, match.node
                 most = min(most, len(match.blocks))
-        if not most or any(tree not in state.forest.roots for tree in trees):
+        needed = [tree for tree, window in zip(trees, self._windows, strict=True) if window != 1]
+        if not most or any(tree not in state.forest.roots for tree in needed):
             return self.nothing()
         tables = np.full((len(trees), most), -1, np.int32)
         for group, run in runs.items():
             tables[group] = run[:most]
         if any(self._windows):
-            blocks = ids[: most * size].reshape(most, -1)
-            self._extend(hit.digests, blocks, prompt.mm_hashes)
-            keys = [
-                key_of(tokens, self._tag(digest))
-                for tokens, digest in zip(blocks, hit.digests, strict=True)
-            ]
+            keys = self._keys(hit.digests, ids[: most * size], prompt.mm_hashes)
             most = self._find_common(trees, keys, tables)
         for table, window in zip(tables, self._windows, strict=True):
             table[: first_needed(most * size, window, size)] = -1
         return hit._replace(tables=tables[:, :most])
+
+    def held(self, prompt: Prompt, ids: Int32) -> Hit:
+        """Return all cached blocks of `ids`, which may be too few to continue. O(tokens * groups).
+
+        The nodes are those of the longest run in `ids`.
+        """
+        state, size, hit = self._state, self._state.block_size, self.nothing()
+        most = len(ids) // size
+        tables = np.full((len(self._windows), most), -1, np.int32)
+        ids, keys = ids[: most * size], list[object]()
+        if any(self._windows):
+            keys = self._keys(hit.digests, ids, prompt.mm_hashes)
+        for group, (table, window) in enumerate(zip(tables, self._windows, strict=True)):
+            tree = prompt._replace(group=group).tree
+            if window is None:
+                match = state.index.match(tree, ids, prompt.mm_hashes)
+                hit.nodes[group], table[: len(match.blocks)] = match.node, match.blocks
+            else:
+                table[:] = [state.index.find_first(tree, key) for key in keys]
+        return hit._replace(tables=tables)
+
+    def _keys(self, digests: list[bytes], ids: Int32, mm_hashes: MMHashes) -> list[object]:
+        """Return the keys of whole blocks in groups with a window; fill in their digests."""
+        blocks = ids.reshape(-1, self._state.block_size)
+        extend_digests(digests, blocks, mm_hashes)
+        return [
+            key_of(tokens, self._tag(digest))
+            for tokens, digest in zip(blocks, digests, strict=True)
+        ]
 
     def _find_common(self, trees: list[TreeKey], keys: list[object], tables: Int32) -> int:
         """Return how many blocks all groups with a window can serve; write them to `tables`."""
@@ -99,6 +122,8 @@ class WindowIndex:
         end = len(keys)
         first = first_needed(end * size, window, size)
         for position in range(len(keys) - 1, -1, -1):
+            if position < first:  # a window of one token needs no block
+                return end
             if table[position] < 0:
                 table[position] = index.find_first(tree, keys[position])
             if table[position] < 0:
@@ -110,10 +135,11 @@ class WindowIndex:
 
     # ---------------------------------------------------------------- publish
 
-    def publish(self, row: int, end: int) -> None:
+    def publish(self, row: int, end: int) -> Int32:
         """Publish the blocks up to `end` of a row of a group with a window. O(their tokens).
 
-        The change has begun, and the index is to settle afterwards.
+        The change has begun, and the index is to settle afterwards. Return the blocks that the
+        index has now: those of the row, or equal ones.
         """
         state, table = self._state, self._state.rows
         begin, who = int(table.published[row]), table.prompt(row)
@@ -121,21 +147,13 @@ class WindowIndex:
         blocks = table.tables.part(row, begin, end)
         if len(digests) < end:
             missing = blocks[len(digests) - begin :]
-            self._extend(digests, state.pool.ids[missing], who.mm_hashes)
-        for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True):
+            extend_digests(digests, state.pool.ids[missing], who.mm_hashes)
+        published = [
             state.index.publish_first(who.tree, block, self._tag(digest))
+            for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True)
+        ]
         table.published[row] = end
-
-    def _extend(self, digests: list[bytes], blocks: Int32, mm_hashes: MMHashes) -> None:
-        """Append the digests of further blocks of token ids, [n, block_size]. O(tokens)."""
-        before = digests[-1] if digests else _FRONT
-        begin, end = len(digests), len(digests) + len(blocks)
-        for stop, tag in mm_hashes.stretches(self._state.block_size, begin, end):
-            shown = b"" if tag is None else repr(tag).encode()
-            for position in range(len(digests), stop):
-                tokens = blocks[position - begin].tobytes()
-                before = blake2b(before + tokens + shown, digest_size=32).digest()
-                digests.append(before)
+        return np.array(published, np.int32)
 
     def _tag(self, digest: bytes) -> Tag:
         size = self._state.block_size
