@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types tests slow conformance setup-services docs diagrams matrix crash simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all lint format types tests slow conformance setup-services docs diagrams matrix crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -70,6 +70,9 @@ matrix: ## the tests on the oldest and newest releases of Python, torch and tran
 
 crash: $(STAMP) ## the disk store: 1,000 killed processes, flipped bits, damaged directories; ARGS='--kills 50' for fewer
 	@$(BIN)/python tests/crash.py $(ARGS)
+
+storm: $(STAMP) ## 100,000 requests that end at random moments while tiers fetch and save; takes minutes
+	@KVPAGER_STORM=100000 $(BIN)/python -m pytest -q -m slow -o faulthandler_timeout=1800 tests/engine/test_storms.py $(ARGS)
 
 simulate: $(STAMP) ## 100,000 requests through the scheduler, at random; ARGS='--requests 1e6 --seed 7' for others
 	@$(BIN)/python -m tests.support.serving_simulation --requests 1e5 --processes 2 $(ARGS)

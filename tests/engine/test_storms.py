@@ -1,8 +1,12 @@
-"""Engines over stores in traffic at random: right tokens, and nothing is left behind."""
+"""Engines over stores in traffic at random: right tokens, and nothing is left behind.
+
+make storm        100,000 requests, not 20,000
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 
 import pytest
@@ -14,6 +18,8 @@ from kvpager.storage.tiers.protocol import Saved
 from tests.support.dict_store import DictStore
 from tests.support.toy_runner import expected
 from tests.support.toy_tiers import BLOCK_BYTES, TieredEngine, store
+
+NUM_REQUESTS = int(os.environ.get("KVPAGER_STORM", "20000"))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -47,7 +53,7 @@ def test_traffic_at_random_gives_the_same_tokens(seed: int) -> None:
     assert shared.num_loads > 0
 
 
-@pytest.mark.parametrize("num_requests", [300, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_requests", [300, pytest.param(NUM_REQUESTS, marks=pytest.mark.slow)])
 def test_requests_that_end_at_any_moment_leave_nothing_behind(num_requests: int) -> None:
     chance = random.Random(num_requests)
     stores = [DictStore(BLOCK_BYTES), DictStore(BLOCK_BYTES)]
