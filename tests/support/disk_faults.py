@@ -40,20 +40,14 @@ def _record_elsewhere() -> Any:
 @contextmanager
 def _readers_ignored() -> Iterator[None]:
     """Evict blocks that are being read."""
-    first = mock.patch.object(Slots, "victim", lambda slots: next(iter(slots._ready), None))
+    first = mock.patch.object(Slots, "victim", lambda slots: next(iter(slots.items()), None))
     with first, _readers_forgotten():
         yield
 
 
 def _readers_forgotten() -> Any:
     """Free a slot whose block was forgotten, readers or not."""
-
-    def forget(slots: Any, key: bytes) -> int:
-        slot: int = slots._ready.pop(key)
-        slots._free.append(slot)
-        return slot
-
-    return mock.patch.object(Slots, "forget", forget)
+    return mock.patch.object(Slots, "free", lambda slots, slot: slots._free.append(slot))
 
 
 def _used_slots_free() -> Any:

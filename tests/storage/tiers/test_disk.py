@@ -564,6 +564,49 @@ def test_a_damaged_block_is_bad_and_forgotten(open_store: Open, tmp_path: Path) 
     assert store.stats().bad == 1
 
 
+def test_a_dropped_block_whose_record_stays_is_dropped_again(open_store: Open) -> None:
+    store = open_store(blocks=2)
+    save(store, 1, 2)
+    with mock.patch("os.pwrite", fail(errno.EIO)):
+        assert not store.drop([key_of(1)])
+        assert load(store, 1, 2) == [Loaded.MISS, Loaded.HIT]
+    assert store.drop([key_of(2)])
+    assert store.drop([key_of(1)])
+    store.close()
+    assert found(open_store(blocks=2), range(3)) == []
+
+
+def test_a_slot_is_not_written_before_its_record_is_erased(open_store: Open) -> None:
+    store = open_store(blocks=2)
+    save(store, 1, 2)
+    with mock.patch("os.pwrite", fail(errno.EIO)):
+        store.drop([key_of(1)])
+        assert save(store, 3) == [Saved.REFUSED]
+    assert save(store, 3) == [Saved.SAVED]
+    assert found(store, range(4)) == [2, 3]
+    store.close()
+    assert load(open_store(blocks=2), 1, 2, 3) == [Loaded.MISS, Loaded.HIT, Loaded.HIT]
+
+
+def test_a_store_opens_whose_records_cannot_be_erased(open_store: Open) -> None:
+    store = open_store(blocks=2, clock=lambda: 0.0)
+    save(store, 1, 2)
+    store.close()
+    with mock.patch("os.pwrite", fail(errno.EIO)):
+        store = open_store(blocks=2, ttl_s=60, clock=lambda: 100.0)
+        assert save(store, 3) == [Saved.REFUSED]
+    assert save(store, 3, 4) == [Saved.SAVED] * 2
+
+
+def test_a_disk_that_takes_no_writes_keeps_serving_its_blocks(open_store: Open) -> None:
+    store = open_store(blocks=2)
+    save(store, 1, 2)
+    with mock.patch("os.pwrite", fail(errno.EIO)), mock.patch("os.pwritev", fail(errno.EIO)):
+        assert save(store, 3, 4, 5) == [Saved.REFUSED] * 3
+        assert load(store, 1, 2) == [Loaded.HIT] * 2
+    assert save(store, 3) == [Saved.SAVED]
+
+
 def test_a_disk_that_fails_at_any_call_harms_no_other_block(open_store: Open) -> None:
     """Each call of the system fails once, in a history that evicts, drops and opens again."""
     names = ("pwrite", "pwritev", "preadv", "posix_fallocate", "fdatasync", "fsync", "ftruncate")

@@ -18,7 +18,7 @@ class Slots:
         self._free: list[int] = []
         self._writing: set[bytes] = set()
         self._readers: Counter[int] = Counter()
-        self._leaving: set[int] = set()  # without a key, but still read
+        self._leaving: set[int] = set()  # free once they are not read any more
 
     def __contains__(self, key: bytes) -> bool:
         """Return True if `key` is ready. O(1)."""
@@ -62,9 +62,13 @@ class Slots:
         """Make `key` the most recently used. O(1)."""
         self._ready.move_to_end(key)
 
-    def victim(self) -> bytes | None:
-        """Return the key that leaves first, None if all have readers. O(slots with readers)."""
-        return next((key for key, slot in self._ready.items() if not self._readers[slot]), None)
+    def victim(self) -> tuple[bytes, int] | None:
+        """Return the key that leaves first, and its slot; None if all slots have readers.
+
+        O(slots with readers).
+        """
+        idle = (item for item in self._ready.items() if not self._readers[item[1]])
+        return next(idle, None)
 
     def take(self, key: bytes) -> int:
         """Take a free slot, to write `key`. O(1). Raises: `IndexError` if no slot is free."""
@@ -99,11 +103,13 @@ class Slots:
                 self._leaving.remove(slot)
                 self._free.append(slot)
 
-    def forget(self, key: bytes) -> int:
-        """Withdraw a ready key and free its slot, once it has no reader. Returns the slot. O(1)."""
-        slot = self._ready.pop(key)
+    def withdraw(self, key: bytes) -> int:
+        """Stop to offer a ready key. Returns its slot, which waits for `free`. O(1)."""
+        return self._ready.pop(key)
+
+    def free(self, slot: int) -> None:
+        """Free a slot whose key was withdrawn, once it has no reader. O(1)."""
         if slot in self._readers:
             self._leaving.add(slot)
         else:
             self._free.append(slot)
-        return slot

@@ -82,6 +82,7 @@ class DiskStore:
         self._slots, self._grow_at = Slots(), -math.inf
         self._saved_ms, self._order = np.zeros((2, num_slots), np.int64)
         self._next_order, self._used = 1, set[int]()  # slots whose order is not on disk
+        self._stale: dict[int, bytes] = {}  # slots of forgotten keys, until the record is erased
         self._num_slots, self._counters = num_slots, StoreCounters(layout.block_bytes)
         self._directory = Directory(path, self._framing, each)
         try:
@@ -142,12 +143,20 @@ class DiskStore:
         return outcomes
 
     def drop(self, keys: Sequence[bytes]) -> bool:
-        """Forget blocks, if the store has them. Returns False if it is closed. O(keys)."""
+        """Forget blocks, if the store has them. O(keys).
+
+        Returns False if it is closed, or if the record of a block could not be erased: the block is
+        not served, but may come back when the store is opened again. Another call tries again.
+        """
         with self._lock:
+            if self._closed:
+                return False
             for key in keys:
-                if not self._closed and key in self._slots:
+                if key in self._slots:
                     self._forget(key)
-            return not self._closed
+            wanted = set(keys)
+            self._erase_stale([slot for slot, key in self._stale.items() if key in wanted])
+            return wanted.isdisjoint(self._stale.values())
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and counts since it was opened. O(1)."""
@@ -168,6 +177,7 @@ class DiskStore:
                 while not self._slots.is_idle:
                     self._idle.wait()
             try:
+                self._erase_stale(list(self._stale))
                 self._note_uses()
                 for each in (self._segments, self._table, self._directory):
                     each.sync()
@@ -208,8 +218,9 @@ class DiskStore:
             if known and not self._is_old(slot, now):
                 self._slots.restore(record.key, slot)
                 used.add(slot)
-            else:
-                self._table.erase(slot)
+            elif not self._erase(slot) and slot < self._segments.num_made:
+                self._stale[slot] = record.key
+        used.update(self._stale)
         self._slots.add(slot for slot in range(self._segments.num_made) if slot not in used)
 
     # ------------------------------------------------------------------ one block
@@ -272,6 +283,8 @@ class DiskStore:
         if self._offers(key, self._now()):
             self._slots.touch(key)
             return Saved.KNOWN, 0
+        if self._stale and not self._slots.has_free:
+            self._erase_stale([next(iter(self._stale))])
         has_room = self._slots.has_free or self._grow()
         if not self._admission.admits(key, has_room=has_room):
             return Saved.REFUSED, 0
@@ -304,26 +317,42 @@ class DiskStore:
 
     def _evict(self) -> bool:
         """Free the slot of the least recently used block. Returns False if that is impossible."""
-        key = self._slots.victim()
-        if key is None:
+        victim = self._slots.victim()
+        if victim is None:
             return False
-        try:
-            self._table.erase(self._slots.forget(key))
-        except OSError as error:
-            logger.warning("%s: no block evicted: %s", self._directory.path, error)
+        key, slot = victim
+        if not self._erase(slot):
+            self._slots.touch(key)  # it stays, and another block leaves next time
             return False
-        finally:
-            self.losses.add([key])
+        self._slots.free(self._slots.withdraw(key))
+        self.losses.add([key])
         self._counters.evicted(1)
         return True
 
     def _forget(self, key: bytes) -> None:
+        """Serve a block no more."""
         self.losses.add([key])
-        slot = self._slots.forget(key)
+        slot = self._slots.withdraw(key)
+        self._stale[slot] = key
+        self._erase_stale([slot])
+
+    def _erase_stale(self, slots: list[int]) -> None:
+        """Free slots whose block was forgotten, if their records can be erased."""
+        for slot in slots:
+            if self._erase(slot):
+                del self._stale[slot]
+                self._slots.free(slot)
+            else:
+                self._stale[slot] = self._stale.pop(slot)  # the last one to try again
+
+    def _erase(self, slot: int) -> bool:
+        """Empty the record of a slot. Returns False if that fails."""
         try:
             self._table.erase(slot)
         except OSError as error:
             logger.warning("%s: record of slot %d stays: %s", self._directory.path, slot, error)
+            return False
+        return True
 
     def _is_old(self, slot: int, now: int) -> bool:
         return self._ttl_ms is not None and bool(now - self._saved_ms[slot] >= self._ttl_ms)
