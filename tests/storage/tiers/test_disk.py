@@ -505,7 +505,7 @@ def test_a_directory_that_cannot_be_written_is_refused(open_store: Open, tmp_pat
     ("options", "message"),
     [
         ({"capacity": "lots"}, "capacity='lots': expected a size such as '4GiB'"),
-        ({"capacity": 1000}, "capacity=1000: expected room for a block, 12352 bytes"),
+        ({"capacity": 1000}, "capacity=1000: room for no block. Expected at least 12.1 KiB"),
         ({"admit": "never"}, "admit='never': expected one of 'auto', 'always', 'second'"),
         ({"ttl_s": -1}, "ttl_s=-1: expected seconds"),
     ],

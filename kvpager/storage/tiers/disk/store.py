@@ -13,7 +13,7 @@ import numpy as np
 
 from kvpager import _validate as arguments
 from kvpager.storage.tiers.admission import Admission, Admit
-from kvpager.storage.tiers.checks import check_blocks
+from kvpager.storage.tiers.checks import blocks_in, check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
 from kvpager.storage.tiers.disk.directory import TABLE, Directory
 from kvpager.storage.tiers.disk.segments import Segments, slot_bytes
@@ -72,7 +72,7 @@ class DiskStore:
         self.losses = Losses()
         self._ttl_ms = _milliseconds(ttl_s)
         each = slot_bytes(layout.block_bytes)
-        num_slots = _slots_in(capacity, each)
+        num_slots = arguments.count("capacity in blocks", blocks_in(capacity, each + RECORD_BYTES))
         each = max(_SEGMENT_BYTES_MIN // each, -(-num_slots // _SEGMENTS), 1)
         self.admit, self._admission = admit, Admission(admit, num_slots)
         self._lock = threading.Lock()
@@ -385,19 +385,6 @@ class DiskStore:
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
-
-
-def _slots_in(capacity: int | str, slot_bytes: int) -> int:
-    """Return how many slots `capacity` bytes hold, with their records."""
-    num_bytes = arguments.parse_memory(capacity, "capacity")
-    if num_bytes is None:
-        raise TypeError("capacity=None: expected bytes or a text such as '200GiB'")
-    slots = num_bytes // (slot_bytes + RECORD_BYTES)
-    if not slots:
-        raise ValueError(
-            f"capacity={capacity!r}: expected room for a block, {slot_bytes + RECORD_BYTES} bytes"
-        )
-    return arguments.count("capacity in blocks", slots)
 
 
 def _milliseconds(ttl_s: float | None) -> int | None:
