@@ -12,6 +12,24 @@ from tests.support.dict_store import DictStore
 from tests.support.tier_node import SIZE, Node, finished, prompt
 
 
+@pytest.fixture
+def store() -> DictStore:
+    """A store in which a node saved `prompt(1)`."""
+    node = Node()
+    node.compute(prompt(1))
+    assert node.clean() == 5
+    node.end()
+    (store,) = node.stores
+    store.is_closed = False
+    return store
+
+
+@pytest.fixture
+def other(store: DictStore) -> Node:
+    """Another node over the store."""
+    return Node([store])
+
+
 def test_another_process_finds_what_one_computed() -> None:
     one = Node()
     one.compute(prompt(1))
@@ -54,16 +72,11 @@ def test_tenants_adapters_and_images_stay_apart() -> None:
     other.end()
 
 
-def test_what_is_loaded_in_order_is_used() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    (store,) = node.stores
-    other = Node(node.stores)
+def test_what_is_loaded_in_order_is_used(store: DictStore, other: Node) -> None:
     store.lost = {next(iter(store.blocks))}  # the last block of the prompt left first
     assert other.fetch(prompt(1)) == 4
     assert other.compute(prompt(1)) == 16
-    node.end()
+    other.end()
 
 
 def test_an_image_may_end_behind_the_loaded_blocks() -> None:
@@ -94,12 +107,7 @@ def test_a_later_store_serves_what_an_earlier_one_lacks() -> None:
     other.end()
 
 
-def test_prompts_that_begin_alike_share_a_fetch() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    (store,) = node.stores
-    other = Node(node.stores)
+def test_prompts_that_begin_alike_share_a_fetch(store: DictStore, other: Node) -> None:
     store.gate.clear()
     fetches = [other.tiering.begin(prompt(1)) for _ in range(64)]
     store.gate.set()
@@ -111,29 +119,23 @@ def test_prompts_that_begin_alike_share_a_fetch() -> None:
     other.end()
 
 
-def test_one_that_gives_up_leaves_the_fetch_to_the_others() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores)
-    node.stores[0].gate.clear()
+def test_one_that_gives_up_leaves_the_fetch_to_the_others(store: DictStore, other: Node) -> None:
+    store.gate.clear()
     first, second = (other.tiering.begin(prompt(1)) for _ in range(2))
     assert first is second is not None
     other.tiering.cancel(first)
-    node.stores[0].gate.set()
+    store.gate.set()
     finished(second)
     assert other.tiering.attach(second) == {"dict": 20}
     other.end()
 
 
 @pytest.mark.parametrize("is_done", [True, False])
-def test_a_cancelled_fetch_gives_its_slots_back(is_done: bool) -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores)
+def test_a_cancelled_fetch_gives_its_slots_back(
+    is_done: bool, store: DictStore, other: Node
+) -> None:
     if not is_done:
-        node.stores[0].gate.clear()
+        store.gate.clear()
     fetch = other.tiering.begin(prompt(1))
     assert fetch is not None
     if is_done:
@@ -143,7 +145,7 @@ def test_a_cancelled_fetch_gives_its_slots_back(is_done: bool) -> None:
         with pytest.raises(ValueError, match="not done"):
             other.tiering.attach(fetch)
     other.tiering.cancel(fetch)
-    node.stores[0].gate.set()
+    store.gate.set()
     assert other.fetch(prompt(2)) == 0
     other.end()
 
@@ -167,11 +169,8 @@ def test_a_full_staging_ends_loads_early_and_saves_nothing() -> None:
     other.end()
 
 
-def test_no_room_in_the_pool_loses_only_the_fetch() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores, num_blocks=6)
+def test_no_room_in_the_pool_loses_only_the_fetch(store: DictStore) -> None:
+    other = Node([store], num_blocks=6)
     running = other.manager.allocate(5 * SIZE)
     assert other.fetch(prompt(1)) == 0
     other.manager.free(running)
@@ -179,11 +178,7 @@ def test_no_room_in_the_pool_loses_only_the_fetch() -> None:
     other.end()
 
 
-def test_blocks_cached_meanwhile_are_kept_and_not_written() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores)
+def test_blocks_cached_meanwhile_are_kept_and_not_written(other: Node) -> None:
     fetch = other.tiering.begin(prompt(1))
     assert fetch is not None
     finished(fetch)
@@ -193,11 +188,7 @@ def test_blocks_cached_meanwhile_are_kept_and_not_written() -> None:
     other.end()
 
 
-def test_blocks_that_left_meanwhile_make_the_fetch_useless() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores)
+def test_blocks_that_left_meanwhile_make_the_fetch_useless(other: Node) -> None:
     other.compute(prompt(1)[:9])
     fetch = other.tiering.begin(prompt(1))
     assert fetch is not None
@@ -209,12 +200,8 @@ def test_blocks_that_left_meanwhile_make_the_fetch_useless() -> None:
     other.end()
 
 
-def test_a_store_that_raises_is_a_store_without_blocks() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores)
-    node.stores[0].fails = True
+def test_a_store_that_raises_is_a_store_without_blocks(store: DictStore, other: Node) -> None:
+    store.fails = True
     assert other.fetch(prompt(1)) == 0
     other.compute(prompt(2))
     assert other.clean() == 5
@@ -358,20 +345,16 @@ def test_one_broken_store_keeps_no_block_from_the_next() -> None:
 # ------------------------------------------------------------------- faster stores
 
 
-def test_a_block_of_a_lower_store_goes_to_the_stores_above() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    (low,) = node.stores
-    stores = [DictStore(0), DictStore(0), low]
-    whole = list(low.blocks.items())
+def test_a_block_of_a_lower_store_goes_to_the_stores_above(store: DictStore) -> None:
+    stores = [DictStore(0), DictStore(0), store]
+    whole = list(store.blocks.items())
     stores[1].blocks = dict(whole[3:])
-    low.blocks = dict(whole[:3])
+    store.blocks = dict(whole[:3])
     other = Node(stores)
     assert other.fetch(prompt(1)) == 5
     other.settle()
     assert [len(store.blocks) for store in stores] == [5, 5, 3]
-    assert (stores[1].num_saves, low.num_saves) == (3, 5)
+    assert (stores[1].num_saves, store.num_saves) == (3, 5)
     assert all(stores[0].blocks[key] == block for key, block in whole)
     assert other.staging.num_free == other.staging.num_slots
     assert other.compute(prompt(1)) == 20
@@ -379,11 +362,8 @@ def test_a_block_of_a_lower_store_goes_to_the_stores_above() -> None:
     other.end()
 
 
-def test_a_block_is_not_promoted_while_slots_are_short() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    stores = [DictStore(0), *node.stores]
+def test_a_block_is_not_promoted_while_slots_are_short(store: DictStore) -> None:
+    stores = [DictStore(0), store]
     other = Node(stores, slots=6)
     assert other.fetch(prompt(1)) == 5
     other.settle()
@@ -391,12 +371,9 @@ def test_a_block_is_not_promoted_while_slots_are_short() -> None:
     other.end()
 
 
-def test_a_slot_that_is_promoted_is_not_reused_before_that() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
+def test_a_slot_that_is_promoted_is_not_reused_before_that(store: DictStore) -> None:
     above = DictStore(0)
-    other = Node([above, *node.stores], slots=10)
+    other = Node([above, store], slots=10)
     fetch = other.tiering.begin(prompt(1))
     assert fetch is not None
     finished(fetch)
@@ -408,7 +385,7 @@ def test_a_slot_that_is_promoted_is_not_reused_before_that() -> None:
         other.staging.slot(slot)[:] = bytes(other.staging.block_bytes)
     above.gate.set()
     other.settle()
-    assert above.blocks == node.stores[0].blocks
+    assert above.blocks == store.blocks
     other.staging.give(taken)
     other.end()
 
@@ -440,11 +417,7 @@ def test_a_fetch_may_be_attached_in_parts(most: int) -> None:
     other.end()
 
 
-def test_a_part_that_left_meanwhile_ends_the_fetch() -> None:
-    node = Node()
-    node.compute(prompt(1))
-    node.clean()
-    other = Node(node.stores)
+def test_a_part_that_left_meanwhile_ends_the_fetch(other: Node) -> None:
     fetch = other.tiering.begin(prompt(1))
     assert fetch is not None
     finished(fetch)
