@@ -12,7 +12,6 @@ and streams deliver them.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import logging
@@ -57,7 +56,11 @@ from kvpager.integrations.huggingface.runner.prompt_reader import (
     options_per_prompt,
     prompt_argument,
 )
-from kvpager.integrations.huggingface.runner.sampling import LogitsSampler, SamplingSettings
+from kvpager.integrations.huggingface.runner.sampling import (
+    LogitsSampler,
+    SamplingSettings,
+    SettingsMaker,
+)
 from kvpager.integrations.huggingface.runner.setting_checks import refuse_request_settings
 from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_room
 from kvpager.integrations.huggingface.runner.tiers import open_tiers, refuse_tiers, start_with_tiers
@@ -102,12 +105,8 @@ class Engine:
             raise TypeError(f"on_step={shown}: expected a function or None")
         self.model = model = unwrapped(model)
         self._tokenizer = text_tokenizer(tokenizer)
+        self._settings = SettingsMaker(model, self._tokenizer)
         self._numbers = itertools.count()
-        # Refers to no method of the engine, so that a dropped engine ends.
-        self._usual = functools.lru_cache(maxsize=64, typed=True)(
-            functools.partial(SamplingSettings, model, tokenizer=self._tokenizer)
-        )
-        self._defaults: dict[str, Any] = {}
         switch, lock = AttentionSwitch(model), new_lock()
         try:
             switch.acquire()
@@ -206,11 +205,8 @@ class Engine:
         """Queue a request. O(tokens).
 
         Args:
-            prompt: token ids, or what a tokenizer returned for one text; for an encoder-decoder
-                model, what its encoder reads.
-            generation_config: generation settings; the model's own if None. `overrides` replace
-                single settings, such as `max_new_tokens=64`. If nothing limits the length, a
-                request gets 20 new tokens, as in `generate` of transformers.
+            prompt: token ids, or a tokenizer's output for one text; what an encoder reads.
+            generation_config: generation settings; the model's own if None.
             input_ids: the prompt, if it is not the first argument: `submit(**tokenizer(text))`.
             attention_mask: zeros for padding before or after the prompt, which is left out.
             request_id: unique among live requests; None makes one up.
@@ -221,6 +217,7 @@ class Engine:
             seed: of the request's own generator. Without it, samples depend on other requests.
             logprobs: report each token's log probability, after all processors.
             sampling_settings: from `engine.sampling_settings`, in place of the other settings.
+            overrides: single generation settings. Without a limit, a request gets 20 new tokens.
 
         Raises: `EngineClosed`, `QueueFull`; `ValueError`, `TypeError` for invalid requests.
         """
@@ -229,24 +226,38 @@ class Engine:
         given = prompt_argument("prompt", prompt, input_ids)
         ids = self._reader(generation_config, overrides).one(given, attention_mask)
         sampling = self._chosen_settings(sampling_settings, generation_config, overrides)
-        arguments.label("request_id", request_id)
-        if timeout is not None:
-            timeout = time.monotonic() + arguments.seconds("timeout", timeout, is_limit=True)
-        begins = [decoder_start(self.model)] if self._info.is_encoder_decoder else ids
-        resolved = sampling.resolve(len(begins), ids)
-        settings = resolved.settings(self._generator(seed), with_logprobs=logprobs)
-        request = Request(
-            prompt=np.asarray(begins, np.int32),
-            max_new_tokens=1 if self.config.role == "prefill" else resolved.max_new_tokens,
-            n=sampling.num_samples,
-            deadline=timeout,
-            request_id=request_id or f"request-{next(self._numbers)}",
+        new_request = functools.partial(
+            Request,
+            request_id=self._request_id(request_id),
             namespace=namespace,
             tenant=tenant,
             priority=priority,
+            deadline=_deadline(timeout),
+        )
+        return self._queue(new_request, ids, sampling, seed, logprobs)
+
+    def _queue(
+        self,
+        new_request: Callable[..., Request],
+        ids: list[int],
+        sampling: SamplingSettings,
+        seed: int | None,
+        logprobs: bool,
+    ) -> Stream:
+        begins = [decoder_start(self.model)] if self._info.is_encoder_decoder else ids
+        resolved = sampling.resolve(len(begins), ids)
+        settings = resolved.settings(self._generator(seed), with_logprobs=logprobs)
+        request = new_request(
+            prompt=np.asarray(begins, np.int32),
+            max_new_tokens=1 if self.config.role == "prefill" else resolved.max_new_tokens,
+            n=sampling.num_samples,
         )
         require_room(request, self._core.scheduler, self._storage, self._budget)
         return self._core.submit(request, settings, ids)
+
+    def _request_id(self, given: str | None) -> str:
+        arguments.label("request_id", given)
+        return given or f"request-{next(self._numbers)}"
 
     def _generator(self, seed: int | None) -> torch.Generator | None:
         if seed is None:
@@ -300,8 +311,7 @@ class Engine:
         self, generation_config: GenerationConfig | None = None, **options: Any
     ) -> SamplingSettings:
         """Return settings for many requests. The options are those of `SamplingSettings`."""
-        options = {"tokenizer": self._tokenizer} | options
-        return SamplingSettings(self.model, generation_config, **options)
+        return self._settings.new(generation_config, **options)
 
     def cancel(self, request_id: str) -> None:
         """End a request; its stream then raises `RequestCancelled`. No effect if it ended. O(1)."""
@@ -401,7 +411,7 @@ class Engine:
         overrides: dict[str, Any],
     ) -> SamplingSettings:
         if sampling is None:
-            sampling = self._made_settings(config, overrides)
+            sampling = self._settings.of_request(config, overrides)
         elif config is not None or overrides:
             raise TypeError("sampling_settings: already complete. Pass no other settings.")
         elif not isinstance(sampling, SamplingSettings):
@@ -414,17 +424,11 @@ class Engine:
             )
         return sampling
 
-    def _made_settings(
-        self, config: GenerationConfig | None, overrides: dict[str, Any]
-    ) -> SamplingSettings:
-        if overrides.keys() - {"max_new_tokens"} or config is not None:
-            return self.sampling_settings(config, **overrides)
-        # One object serves many requests, until the model's own settings change.
-        defaults = vars(self.model.generation_config)
-        if defaults != self._defaults:
-            self._defaults = copy.deepcopy(defaults)
-            self._usual.cache_clear()
-        return self._usual(**{k: v for k, v in overrides.items() if v is not None})
+
+def _deadline(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    return time.monotonic() + arguments.seconds("timeout", timeout, is_limit=True)
 
 
 @contextmanager

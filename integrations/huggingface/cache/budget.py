@@ -66,8 +66,8 @@ class Budget:
         self,
         memory: int | str | None,
         block_size: int,
-        *,
         kv_cache_dtype: KVCacheDtype | None = None,
+        *,
         in_place: bool = True,
         host_memory: int | str | None = None,
         tier: Tier = "device",
@@ -83,7 +83,7 @@ class Budget:
                 f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {listed(known)} or None"
             )
         self.kv_cache_dtype = kv_cache_dtype
-        self.in_place = in_place
+        self.in_place = arguments.flag("in_place", in_place)
         self.counters = Counters()
         self.device_bound = self.bound  # also for the host's budget
         self.host: Budget | None = None

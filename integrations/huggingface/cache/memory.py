@@ -61,21 +61,21 @@ class PagedMemory:
 
     Args:
         budget: the bound of all pools together, and the format of their blocks.
-        keep_pools: keep pools with published prompts, even while no cache uses them.
         dtype: the required dtype of keys and values; None for any.
         eviction: which cached blocks are evicted first; host memory caches none.
         namespace: the default namespace of calls, in whose quota their blocks count.
+        keep_pools: keep pools with published prompts, even while no cache uses them.
         device: the memory that this host memory is behind; None for the device's own.
     """
 
     def __init__(
         self,
         budget: Budget,
-        *,
-        keep_pools: bool = False,
         dtype: torch.dtype | None = None,
         eviction: Eviction = "lru",
         namespace: str | None = None,
+        *,
+        keep_pools: bool = False,
         device: PagedMemory | None = None,
     ) -> None:
         self.budget, self.counters = budget, budget.counters

@@ -18,8 +18,10 @@ Details of the arguments of `patch`:
   pool fits in half of the free memory. A model whose weights, hooks, functions or settings changed
   reuses nothing. Call `clear_prefix_cache()` after changes that cannot be noticed, such as writing
   single elements through `.data`.
-- `tiers`: before a prompt is looked up, the blocks that are not cached are fetched from the stores.
-  `docs/guides/tiers.md` describes it.
+- `tiers`: stores that keep prompts beyond this process: URLs such as
+  `"disk:/var/cache/kv?capacity=200GiB"`, or stores, which `Patch.undo()` closes. Before a prompt is
+  looked up, the blocks that are not cached are fetched from them. `docs/guides/tiers.md` describes
+  it. `costs` bounds the time of a fetch.
 - `eviction`: a name in `kvpager.blocks.policies.POLICIES`, or a function that returns an
   `EvictionPolicy` for a number of blocks. Every pool gets its own policy. Without `prefix_cache`,
   only the pools of continuous batching cache prompts, so it ranks theirs alone.
@@ -75,6 +77,7 @@ def patch(
             model.generate(...)             # the same tokens, in less memory
 
     All ways to generate work as before. `undo()`, or leaving `with`, restores transformers exactly.
+    The docstring of the module has details of the arguments.
 
     Args:
         model: the model to patch; None patches every model in the process.
@@ -87,53 +90,32 @@ def patch(
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
         eviction: which cached blocks leave first: a policy's name, such as `"lru"`, or a function.
-        tiers: with `prefix_cache` and a model, stores that keep prompts beyond this process: URLs
-            such as `"disk:/var/cache/kv?capacity=200GiB"`, or stores, which `undo()` closes.
+        tiers: with `prefix_cache` and a model, URLs of stores, or stores, that keep prompts.
         seal: what protects blocks in `tiers` outside of the process, such as `Encrypted(secret)`.
         model_id: the name of the weights for `tiers`; None for a digest of their content.
-        costs: how long the model computes prompts, which bounds a fetch from `tiers`; None measures
-            it.
+        costs: with `tiers`, how long the model computes prompts; None measures it.
 
-    Raises: `TypeError`, `ValueError` for invalid arguments, such as a `memory` smaller than one
-    block; `KVPagerError` if the model is patched already, or can have no `tiers`. Errors of opening
-    a store pass through. The model is then as it was.
+    Raises: `TypeError`, `ValueError` for invalid arguments; `KVPagerError` if the model is patched
+    already, or can have no `tiers`; errors of opening a store. The model is then as it was.
     """
-    warn_if_untested()
-    if model is not None and not _can_generate(model):
-        raise no_model(model)
-    arguments.flag("prefix_cache", prefix_cache)
-    arguments.label("namespace", namespace)
-    if namespace is not None and not prefix_cache:
-        raise ValueError(
-            f"namespace={namespace!r}: separates cached prefixes only. Pass prefix_cache=True too."
-        )
     stores = EngineConfig(tiers=tiers, seal=seal, model_id=model_id, costs=costs)
-    _check_stores(stores, model, prefix_cache)
-    in_place, dtype = arguments.flag("in_place", in_place), _checked_dtype(dtype, model)
-    budget = Budget(
-        memory,
-        block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        in_place=in_place,
-        host_memory=host_memory,
-    )
-    paged = PagedMemory(
-        budget, keep_pools=prefix_cache, dtype=dtype, eviction=eviction, namespace=namespace
-    )
+    _check(model, prefix_cache, namespace, stores)
+    dtype = _checked_dtype(dtype, model)
+    budget = Budget(memory, block_size, kv_cache_dtype, in_place=in_place, host_memory=host_memory)
+    paged = PagedMemory(budget, dtype, eviction, namespace, keep_pools=prefix_cache)
+    return _begin(model, paged, stores)
+
+
+def _begin(model: nn.Module | None, paged: PagedMemory, stores: EngineConfig) -> Patch:
+    """Make a patch that serves the model from now on; close its stores if that fails."""
     if isinstance(model, PreTrainedModel):
         wide = model.dtype if model.dtype.itemsize > 1 else torch.bfloat16
-        budget.refuse_below(least_block_bytes(model.config, wide, budget))
-    prompts = PromptCache(paged.namespaces) if prefix_cache else None
+        paged.budget.refuse_below(least_block_bytes(model.config, wide, paged.budget))
+    prompts = PromptCache(paged.namespaces) if paged.keep_pools else None
     made = Patch(model, paged, prompts)
     _refuse_second(model)
     if prompts is not None and model is not None and stores.tiers:
         prompts.tiers = open_prompt_tiers(model, paged, prompts, stores)
-    _begin(made, model)
-    return made
-
-
-def _begin(made: Patch, model: nn.Module | None) -> None:
-    """Serve the model by `made` from now on; close its stores if that fails."""
     try:
         with lock, uninterrupted:
             _refuse_second(model)
@@ -148,6 +130,7 @@ def _begin(made: Patch, model: nn.Module | None) -> None:
         if made.tiers is not None:
             made.tiers.close()
         raise
+    return made
 
 
 def _refuse_second(model: nn.Module | None) -> None:
@@ -184,9 +167,21 @@ def unpatch(model: nn.Module | None = None) -> None:
             made.undo()
 
 
-def _check_stores(config: EngineConfig, model: nn.Module | None, prefix_cache: bool) -> None:
-    if not config.tiers:
-        if config.costs is not None:
+def _check(
+    model: nn.Module | None, prefix_cache: bool, namespace: str | None, stores: EngineConfig
+) -> None:
+    """Raise an error if `patch` cannot have these arguments together."""
+    warn_if_untested()
+    if model is not None and not _can_generate(model):
+        raise no_model(model)
+    arguments.flag("prefix_cache", prefix_cache)
+    arguments.label("namespace", namespace)
+    if namespace is not None and not prefix_cache:
+        raise ValueError(
+            f"namespace={namespace!r}: separates cached prefixes only. Pass prefix_cache=True too."
+        )
+    if not stores.tiers:
+        if stores.costs is not None:
             raise ValueError("costs: of use with tiers only. Pass tiers=, or leave it out.")
     elif not prefix_cache:
         raise ValueError("tiers: they keep cached prefixes. Pass prefix_cache=True too.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -189,6 +190,29 @@ class SamplingSettings:
             _shared_key(self.is_greedy, processors),
             self._tokenizer,
         )
+
+
+class SettingsMaker:
+    """Make the settings of an engine's requests. Requests that set only a length share them."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model
+        self._defaults: dict[str, Any] = {}
+        # No method of this object, so that it ends as soon as it is dropped.
+        self.new = functools.partial(SamplingSettings, model, tokenizer=tokenizer)
+        self._usual = functools.lru_cache(maxsize=64, typed=True)(self.new)
+
+    def of_request(
+        self, config: GenerationConfig | None, overrides: dict[str, Any]
+    ) -> SamplingSettings:
+        """Return settings, the same object until the model's own settings change."""
+        if overrides.keys() - {"max_new_tokens"} or config is not None:
+            return self.new(config, **overrides)
+        defaults = vars(self._model.generation_config)
+        if defaults != self._defaults:
+            self._defaults = copy.deepcopy(defaults)
+            self._usual.cache_clear()
+        return self._usual(**{k: v for k, v in overrides.items() if v is not None})
 
 
 def _merged(
