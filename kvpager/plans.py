@@ -21,6 +21,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 Float64 = NDArray[np.float64]
+UInt8 = NDArray[np.uint8]
 Tier = Literal["device", "host"]
 
 NO_BLOCKS: Int32 = np.empty(0, np.int32)
@@ -80,17 +81,69 @@ class GroupStep(NamedTuple):
     block_tables: Int32
 
 
+class FetchBlocks(NamedTuple):
+    """Load a follower's shard of blocks into its staging, as many leading ones as it can.
+
+    Attributes:
+        ticket: identifies the fetch.
+        keys: uint8 [n, 32], the leader's content keys. A follower derives its own from them.
+        wait_s: how long to load at most, in seconds.
+    """
+
+    ticket: int
+    keys: UInt8
+    wait_s: float
+
+
+class LoadBlocks(NamedTuple):
+    """Copy blocks of a fetch from staging to the device.
+
+    Attributes:
+        ticket: the fetch, which every follower has answered.
+        start: the first of the blocks, by its index in the keys of the fetch.
+        blocks: int32 [n], the device blocks that receive them.
+    """
+
+    ticket: int
+    start: int
+    blocks: Int32
+
+
+class SaveBlocks(NamedTuple):
+    """Copy device blocks to staging, and save them.
+
+    Attributes:
+        keys: uint8 [n, 32], as in `FetchBlocks`.
+        blocks: int32 [n], the device blocks.
+        stores: uint8 [n]; bit i is set if store number i is offered the block.
+    """
+
+    keys: UInt8
+    blocks: Int32
+    stores: UInt8
+
+
+class EndFetch(NamedTuple):
+    """Free the staging of a fetch. A follower that does not know the ticket ignores it."""
+
+    ticket: int
+
+
+Transfer = FetchBlocks | LoadBlocks | SaveBlocks | EndFetch
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """One step of a `Scheduler`: plain arrays and ids, so it can be sent to another process.
 
-    Apply `swaps` in order, then `copies` (all reads before all writes). Then compute
+    Apply `transfers` if you are a follower, then `swaps` in order, then `copies` (all reads before
+    all writes). Then compute
     `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`. They attend to
     the first `seq_lens[i]` tokens through `block_tables[i]`. Decoding rows come first. The rows of
     a request are adjacent.
 
     Attributes:
-        swaps: blocks to move between the tiers, first of all.
+        swaps: blocks to move between device and host.
         copies: int32 [n, 2], pairs of device blocks to copy next: source, destination. A block may
             be the source of one pair and the destination of another, but never the destination of
             two.
@@ -109,6 +162,8 @@ class StepPlan:
         freed: int32, sequences that ended since the last plan.
         ended: the requests that ended since the last plan, each with its reason.
         more_groups: slot mapping and block tables of further groups of layers.
+        transfers: what followers do with their shards of blocks and with their stores, in order.
+            The leader's `Tiering` has done its own part. See `TierFollower`.
     """
 
     swaps: list[Plan]
@@ -125,6 +180,7 @@ class StepPlan:
     freed: Int32
     ended: list[tuple[Hashable, Reason]]
     more_groups: tuple[GroupStep, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
     @property
     def groups(self) -> tuple[GroupStep, ...]:
@@ -136,5 +192,5 @@ class StepPlan:
         return len(self.request_ids)
 
     def __bool__(self) -> bool:
-        """Return True: even a plan without rows may have swaps to apply or ends to report."""
+        """Return True: a plan without rows may have swaps, transfers, or ends to report."""
         return True

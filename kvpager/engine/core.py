@@ -254,7 +254,8 @@ class EngineCore:
             self._loop.end_all(self.error)
         if self._fetching is not None:
             try:
-                self._fetching.close(saving=self.error is None)
+                saving = self.error is None
+                self._fetching.close(saving=saving, run_plan=self._loop.run_transfers)
             except Exception:
                 logger.exception("a tier failed to close")
         self._dispatcher.close()

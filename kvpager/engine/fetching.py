@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from kvpager.engine.model_watch import ModelGuard
 from kvpager.engine.prompt_saves import PromptSaves
+from kvpager.plans import LoadBlocks, StepPlan, Transfer
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.tiers.loading import Fetch
@@ -124,6 +125,19 @@ class Fetching:
         """Return how many tokens were fetched for a request from each store. O(stores)."""
         return self._tokens_by_store.pop(request_id, {})
 
+    def take_transfers(self) -> tuple[Transfer, ...]:
+        """Return what followers are to do in the next plan. O(blocks)."""
+        return self._tiering.followers.take()
+
+    def note_failed_step(self, plan: StepPlan) -> None:
+        """Drop cached prefixes that followers may not have loaded. O(cached blocks).
+
+        Call it after the requests of the step have ended.
+        """
+        if any(isinstance(transfer, LoadBlocks) for transfer in plan.transfers):
+            self._scheduler.clear_prefix_cache()
+            self._check_on()
+
     def stats(self) -> TieringStats:
         """Return current counts of the tiers. O(stores)."""
         return self._tiering.stats()
@@ -224,22 +238,23 @@ class Fetching:
         if self._saves is not None:
             self._saves.give_up()
 
-    def close(self, *, saving: bool) -> None:
+    def close(self, *, saving: bool, run_plan: Callable[[], object]) -> None:
         """Give up all fetches, and close the stores after the saves under way.
 
         With `saving`, first saves the idle blocks that are dirty. Saves end after 5 seconds.
+        `run_plan` lets followers save theirs.
         """
         ends_at = time.monotonic() + _LAST_SAVES_S
         self._tiering.finish_by(ends_at)
         try:
             if saving:
-                self._save_all(ends_at)
+                self._save_all(ends_at, run_plan)
         except Exception:
             logger.exception("the last blocks are not saved")
         self._turn_off()
         self._tiering.close()
 
-    def _save_all(self, ends_at: float) -> None:
+    def _save_all(self, ends_at: float, run_plan: Callable[[], object]) -> None:
         if self._guard is not None:
             self._guard.look()
         progress = threading.Event()
@@ -251,5 +266,7 @@ class Fetching:
                 continue
             with self._lock:
                 self._tiering.clean(_CLEANED_PER_STEP)
+            if self._tiering.followers.has_transfers:
+                run_plan()
             if self._tiering.is_clean:
                 break

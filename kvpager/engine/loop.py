@@ -136,6 +136,13 @@ class Loop:
         self._record(plan, time.perf_counter() - began)
         return True
 
+    def run_transfers(self) -> None:
+        """Let followers carry out their transfers, after the last step. O(blocks)."""
+        with self._lock:
+            plan = self._plan()
+        if plan is not None:
+            self.runner.run(plan, {})
+
     def end_all(self, error: BaseException | None) -> None:
         """End all requests, with `error` if a defect stopped the engine. O(requests).
 
@@ -152,7 +159,8 @@ class Loop:
     def _plan(self) -> StepPlan | None:
         if self._guard is not None:
             self._guard.catch_up()
-        plan = self.scheduler.plan()
+        fetching = self._fetching
+        plan = self.scheduler.plan(() if fetching is None else fetching.take_transfers())
         if plan is None:
             return None
         for sample in plan.freed.tolist():
@@ -165,8 +173,8 @@ class Loop:
             if output.first_scheduled_time is None:
                 output.first_scheduled_time = now
                 output.num_cached_tokens = int(plan.num_computed[row])
-                if self._fetching is not None:
-                    output.cached_tokens_by_tier = self._fetching.take_tokens_by_store(request_id)
+                if fetching is not None:
+                    output.cached_tokens_by_tier = fetching.take_tokens_by_store(request_id)
         self._log_preemptions()
         return plan
 
@@ -237,6 +245,8 @@ class Loop:
                 if request_id in self.requests:
                     self.requests[request_id].error = error
                 self._end(request_id, Reason.FAILED)
+            if self._fetching is not None:
+                self._fetching.note_failed_step(plan)
 
     def _record(self, plan: StepPlan, seconds: float) -> None:
         self._busy_seconds += seconds

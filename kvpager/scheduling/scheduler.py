@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike
 from kvpager import _validate as arguments
 from kvpager._atomic import Change
 from kvpager.blocks.protocol import MEMBERS, CacheManager
-from kvpager.plans import Int32, Reason, StepPlan
+from kvpager.plans import Int32, Reason, StepPlan, Transfer
 from kvpager.scheduling.admission import AdmissionPolicy
 from kvpager.scheduling.completion import Completion, read_continuations
 from kvpager.scheduling.placement import Placement
@@ -227,10 +227,11 @@ class Scheduler:
 
     # ---------------------------------------------------------------- steps
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, transfers: tuple[Transfer, ...] = ()) -> StepPlan | None:
         """Return the plan of the next step, or None if there is nothing to do. O(rows + tokens).
 
-        A plan without rows only has swaps to apply or ends to report; it needs no `complete`.
+        A plan without rows only has swaps, transfers or ends to report; it needs no `complete`.
+        `transfers` are passed on to followers: see `StepPlan`.
         Raises: `ValueError` while the last plan is neither completed nor aborted.
         """
         with self._lock, self._change:
@@ -241,18 +242,18 @@ class Scheduler:
             self._table.sequences.recycle()
             for state in self._table.take_expired(now):
                 self._placement.end(state, Reason.EXPIRED)
-            return self._plan()
+            return self._plan(transfers)
 
-    def _plan(self) -> StepPlan | None:
+    def _plan(self, transfers: tuple[Transfer, ...]) -> StepPlan | None:
         min_chunk = self.manager.block_size if self.chunked else None
         builder = StepBuilder(self.max_batch_tokens, min_chunk)
         self._rows.decode(builder)
         self._rows.prefill(builder)
         for state in self._admission.admit(builder):
             self._rows.add(state, builder)
-        if not (builder.parts or builder.swaps or self._table.has_ended):
+        if not (builder.parts or builder.swaps or transfers or self._table.has_ended):
             return None
-        plan = builder.finish(self.manager, self._table)
+        plan = builder.finish(self.manager, self._table, transfers)
         if builder.parts:
             self._step = plan, builder
             self._num_steps += 1

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Batch
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.plans import NO_COPIES, GroupStep, Int32, Int64, Plan, Step, StepPlan
+from kvpager.plans import NO_COPIES, GroupStep, Int32, Int64, Plan, Step, StepPlan, Transfer
 from kvpager.scheduling.request import RequestState
 from kvpager.scheduling.request_table import RequestTable
 
@@ -90,7 +90,9 @@ class StepBuilder:
         if len(copies):
             self.copies.append(copies)
 
-    def finish(self, manager: CacheManager, table: RequestTable) -> StepPlan:
+    def finish(
+        self, manager: CacheManager, table: RequestTable, transfers: tuple[Transfer, ...]
+    ) -> StepPlan:
         """Return the plan, which also reports what ended since the last plan. O(rows)."""
         part, sequences, decode_batch = self._joined(), table.sequences, self.decode_batch
         seq_ids = part.seq_ids
@@ -118,6 +120,7 @@ class StepBuilder:
             freed=sequences.report(),
             ended=table.take_ended(),
             more_groups=others,
+            transfers=transfers,
         )
 
     def _joined(self) -> Part:

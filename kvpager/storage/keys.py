@@ -24,6 +24,7 @@ from kvpager.plans import Int32
 
 KEY_BYTES = 32
 _ROOT, _BLOCK, _WINDOW = b"kvpager root", b"kvpager block", b"kvpager window"  # <= 16 bytes
+_SHARD = b"kvpager shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,15 @@ def content_keys(
             key = _block(key, data[start : start + step], behind, secret)
             keys.append(key)
     return keys
+
+
+def shard_key(key: bytes, rank: int, layout: str) -> bytes:
+    """Return the key under which rank `rank` keeps its shard of the block with this key. O(1).
+
+    `key` is a key of rank 0, which covers model, secret and tokens. `layout` is that of the shard.
+    """
+    fields = (key, rank.to_bytes(8, "little"), layout.encode())
+    return blake2b(_joined(fields), digest_size=KEY_BYTES, person=_SHARD).digest()
 
 
 def window_keys(

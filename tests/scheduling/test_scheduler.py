@@ -9,7 +9,7 @@ from kvpager import (
     Request,
     StepPlan,
 )
-from kvpager.plans import Reason
+from kvpager.plans import EndFetch, Reason
 from tests.support.scheduling import (
     BLOCK_SIZE,
     complete,
@@ -313,6 +313,20 @@ def test_parents_out_of_order_are_refused() -> None:
     assert plan is not None
     with pytest.raises(ValueError, match="ascending"):
         scheduler.complete(plan, [1, 0], [1, 2])
+
+
+def test_transfers_make_a_plan_without_rows() -> None:
+    scheduler, transfers = make(), (EndFetch(1),)
+    assert scheduler.plan() is None
+    plan = scheduler.plan(transfers)
+    assert plan is not None
+    assert (len(plan), plan.transfers) == (0, transfers)
+    scheduler.submit(request("a"))
+    plan = scheduler.plan(transfers)  # the plan before needed no `complete`
+    assert plan is not None
+    assert (len(plan), plan.transfers) == (1, transfers)
+    complete(scheduler, plan)
+    scheduler.check()
 
 
 def test_a_plan_is_completed_or_aborted_once() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvpager import BlockManager
 from kvpager.errors import SequenceSwapped, StaleSequence
-from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys
+from kvpager.storage.keys import KEY_BYTES, KeyContext, content_keys, shard_key
 from kvpager.storage.table_formats import flash_attention, flashinfer
 from tests.support.programs import outputs_by_hash_seed
 
@@ -267,6 +267,14 @@ def test_a_key_stays_the_same_from_release_to_release() -> None:
     # Keys name blocks in external stores: a change here loses them.
     key = content_keys(IDS, 4, CONTEXT)[-1]
     assert key.hex() == "93086a17801342a770ce1741371ea4d68ac07a279d2d06dc54aff2a4941dcb68"
+
+
+def test_the_key_of_a_shard_covers_rank_and_layout_and_stays_the_same() -> None:
+    key = bytes(range(32))
+    keys = [shard_key(key, *of) for of in ((1, "a"), (2, "a"), (1, "b"))]
+    keys.append(shard_key(bytes(32), 1, "a"))
+    assert len({key, *keys}) == 5
+    assert keys[0].hex() == "6c6cb4354d62588b7f3abc417194776808e86c97e97b1e21db7d1c89ba239c5f"
 
 
 @pytest.mark.parametrize("secret", [b"short", b"s" * 15, b"s" * 65, "s" * 16, None, bytearray(16)])

@@ -3,6 +3,8 @@
 The state of a token is a hash of its id and of the state before it, as keys and values depend on
 all tokens before. A row's next token is a hash of the states of all its tokens, read through its
 block table. So a wrong table, slot, copy or swap gives wrong tokens.
+
+Each rank has states of its own. The sum of the ranks' hashes gives the next token.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from kvpager.storage.tiers.tiering import Tiering
 
 VOCABULARY = 1000
 BLOCK_SIZE = 4
-_BEFORE_ALL = 7  # the state before the first token
+_BEFORE_ALL = 7  # the state of rank 0 before the first token
 
 
 def _state(before: int, token: int) -> int:
@@ -33,15 +35,17 @@ def _hash(states: Sequence[int]) -> int:
     return crc32(np.array(states, np.int64).tobytes())
 
 
-def expected(prompt: Sequence[int], count: int, sample: int = 0) -> list[int]:
+def expected(prompt: Sequence[int], count: int, sample: int = 0, num_ranks: int = 1) -> list[int]:
     """Return the correct tokens of sample number `sample` of a request."""
-    states, tokens = [_BEFORE_ALL], []
-    for token in prompt:
-        states.append(_state(states[-1], token))
-    for _ in range(count):
-        first = sample if not tokens else 0
-        tokens.append((_hash(states[1:]) + first) % VOCABULARY)
-        states.append(_state(states[-1], tokens[-1]))
+    shards, tokens = [[_BEFORE_ALL + rank] for rank in range(num_ranks)], list[int]()
+    for place in range(len(prompt) + count):
+        if place >= len(prompt):
+            first = sample if not tokens else 0
+            hashes = sum(_hash(states[1:]) for states in shards)
+            tokens.append((hashes + first) % VOCABULARY)
+        token = prompt[place] if place < len(prompt) else tokens[-1]
+        for states in shards:
+            states.append(_state(states[-1], token))
     return tokens
 
 
@@ -51,8 +55,9 @@ class ToyRunner:
     device_type = "none"
     block_bytes = 1 << 20
 
-    def __init__(self, manager: BlockManager) -> None:
+    def __init__(self, manager: BlockManager, rank: int = 0) -> None:
         shape = manager.block_size
+        self._before_all = _BEFORE_ALL + rank
         self._device = np.full((manager.num_blocks, shape), -1, np.int64)
         self._host = np.full((manager.num_host_blocks, shape), -1, np.int64)
         self._hooks: list[Callable[[Any, Any], Any]] = []
@@ -94,7 +99,7 @@ class ToyRunner:
         start, length = int(plan.num_computed[row]), int(plan.seq_lens[row])
         places = np.arange(length)
         seen = table[places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE
-        state = int(slots[seen[start - 1]]) if start else _BEFORE_ALL
+        state = int(slots[seen[start - 1]]) if start else self._before_all
         for token, slot in zip(
             plan.token_ids[tokens].tolist(), plan.slot_mapping[tokens], strict=True
         ):
@@ -148,12 +153,15 @@ class ToyEngine(EngineCore):
     ) -> None:
         manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks)
         scheduler = Scheduler(manager, **options)
-        runner = ToyRunner(manager)
+        runner = self._make_runner(manager)
         tiering = self._make_tiering(scheduler, runner)
         super().__init__(
             scheduler, runner, sampler or ToySampler(), tiering=tiering, **(core or {})
         )
         self._num_requests = 0
+
+    def _make_runner(self, manager: BlockManager) -> ToyRunner:
+        return ToyRunner(manager)
 
     def _make_tiering(self, scheduler: Scheduler, runner: ToyRunner) -> Tiering | None:
         """Return the tiering of an engine with tiers."""

@@ -3,6 +3,7 @@
     tiering ─▶ loading ─▶ costs               which stores are faster than the model
        ├─────▶ saving                         what stores answered, which keys they lost
        ├─────▶ admission · namespaces         which blocks are offered; quotas, ages
+       ├─────▶ followers ┄┄▶ follower         what other ranks do with their shards
        └─────▶ BlockStore (protocol)          find · load · save · drop · stats · close
                  ▲
                  ├─ host      blocks in memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,9 @@ class Fetch:
         slots: the staging slots of blocks loaded, in order from block `first` on.
         sources: the number of the store that each of them came from.
         is_void: True if its blocks may not be used any more.
+        ticket: its number among the fetches of followers.
+        awaited: the followers that have not answered.
+        stop: the first block of the prompt that a follower lacks, by its answer.
     """
 
     tokens: Int32
@@ -46,11 +50,14 @@ class Fetch:
     sources: list[int] = field(default_factory=list)
     is_void: bool = False
     work: Future[None] = field(default_factory=Future)
+    ticket: int = 0
+    awaited: set[int] = field(default_factory=set)
+    stop: int = sys.maxsize
 
     @property
     def is_done(self) -> bool:
-        """True if no thread works on it any more."""
-        return self.work.done()
+        """True if no thread works on it any more, and all followers have answered."""
+        return self.work.done() and not self.awaited
 
     def take(self, count: int) -> tuple[list[int], list[int]]:
         """Remove the first `count` loaded blocks. Returns their slots and sources. O(blocks)."""
@@ -58,6 +65,13 @@ class Fetch:
         sources, self.sources = self.sources[:count], self.sources[count:]
         self.first += count
         return slots, sources
+
+    def cut(self) -> list[int]:
+        """Remove the blocks that not all ranks have; return their slots. O(blocks)."""
+        count = max(self.stop - self.first, 0)
+        slots, self.slots = self.slots[count:], self.slots[:count]
+        self.sources = self.sources[:count]
+        return slots
 
 
 class Loader:

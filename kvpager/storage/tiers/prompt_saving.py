@@ -10,6 +10,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying
+from kvpager.storage.tiers.followers import Followers
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver, StagedBlock
 from kvpager.storage.tiers.slot_memory import SlotMemory
@@ -55,12 +56,14 @@ class PromptSaver:
         stores: Sequence[BlockStore],
         keying: ContentKeying,
         saver: Saver,
+        followers: Followers,
     ) -> None:
         self._manager = manager
         self._staging = staging
         self._stores = stores
         self._keying = keying
         self._saver = saver
+        self._followers = followers
 
     def save(self, prompt: PromptSave) -> None:
         """Copy the cached blocks of a prompt that are left, as many as staging has room for.
@@ -100,11 +103,9 @@ class PromptSaver:
             self._staging.give(slots)
             raise
         namespace = prompt.identity["namespace"]
-        prompt.work = self._saver.submit(
-            [
-                StagedBlock(key, namespace, slot, stores)
-                for key, slot in zip(keys, slots, strict=True)
-            ]
-        )
+        pairs = zip(keys, slots, strict=True)
+        staged = [StagedBlock(key, namespace, slot, stores) for key, slot in pairs]
+        prompt.work = self._saver.submit(staged)
+        self._followers.save(blocks, staged)
         prompt.num_copied += len(slots)
         return len(slots)

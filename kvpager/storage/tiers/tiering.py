@@ -27,6 +27,7 @@ from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
 from kvpager.storage.tiers.admission import Admissions, Admit
 from kvpager.storage.tiers.dropping import Dropper
+from kvpager.storage.tiers.followers import Followers
 from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys, checked_name
 from kvpager.storage.tiers.prompt_saving import PromptSaver
@@ -63,7 +64,12 @@ class Tiering:
 
     One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
 
+    With `num_followers`, other ranks have shards of each block. `followers.take()` returns what
+    they do before the next step, which each passes to its `TierFollower`. A fetch is done when all
+    ranks have staged their shards, and has the blocks that all of them have.
+
     Attributes:
+        followers: the transfers of other ranks, and their answers.
         on_progress: called by the threads when a load or a save has ended.
         is_clean: True if the last `clean` found no block to save.
         prompts: saves the blocks of a prompt that other processes wait for.
@@ -81,8 +87,14 @@ class Tiering:
         recompute_s: Callable[[int], float] | None = None,
         step_bytes_max: int = 64 << 20,
         admit: Admit = "auto",
+        num_followers: int = 0,
     ) -> None:
         """Use `stores` from now on; `close` closes them. Raises: `ValueError`, `TypeError`."""
+        if num_followers and any(manager.windows):
+            raise ValueError(
+                f"num_followers={num_followers}: expected 0 for layers with a window. "
+                "Leave tiers out."
+            )
         self.stores = tuple(stores)
         self._manager = manager
         self._staging = staging
@@ -100,7 +112,9 @@ class Tiering:
         dropper = Dropper(self.stores, self._tracked)
         self._loader = Loader(staging, dropper, recompute_s, lambda: self.on_progress())
         self._saver = Saver(staging, dropper, self._max_wait_s, lambda: self.on_progress())
-        self.prompts = PromptSaver(manager, staging, self.stores, self._keying, self._saver)
+        self.followers = Followers(num_followers, lambda: self.on_progress())
+        parts = manager, staging, self.stores, self._keying, self._saver, self.followers
+        self.prompts = PromptSaver(*parts)
         self._num_declined = 0
         self._is_open = True
         is_private = all(getattr(store, "is_private", False) for store in self.stores)
@@ -157,6 +171,7 @@ class Tiering:
             self._live.add(fetch)  # first: an interrupt loses no slots
             self._fetching[keys[first]] = fetch
             try:
+                self.followers.begin(fetch)
                 self._loader.start(fetch)
             except BaseException:
                 self.cancel(fetch)
@@ -178,6 +193,7 @@ class Tiering:
         """
         if not fetch.is_done:
             raise ValueError("fetch: it is not done. Attach it later, or cancel it.")
+        self._staging.give(fetch.cut())
         most = len(fetch.slots) if most is None else arguments.count("most", most)
         if most == 0 and fetch.slots:
             return {}
@@ -193,6 +209,7 @@ class Tiering:
             self._fetching.setdefault(fetch.keys[fetch.first], fetch)
         else:
             self._live.discard(fetch)
+            self.followers.end(fetch)
         return added or {}
 
     def _attach(self, fetch: Fetch, count: int) -> dict[str, int] | None:
@@ -220,7 +237,9 @@ class Tiering:
             if not slots:
                 return {}
             self._saver.promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
-            self._staging.write(slots, manager.block_tables([sequence])[0][start:stop].tolist())
+            blocks = manager.block_tables([sequence])[0][start:stop].tolist()
+            self._staging.write(slots, blocks)
+            self.followers.load(fetch, start, blocks)
             manager.commit(sequence, stop * size)
             found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **shortened)
             keys = manager.cached.keys(found.blocks[start:stop], self._keying)
@@ -246,6 +265,7 @@ class Tiering:
             self._unlist(fetch)
             self._live.discard(fetch)
             self._loader.cancel(fetch)
+            self.followers.end(fetch)
 
     def _unlist(self, fetch: Fetch) -> None:
         first = fetch.keys[fetch.first] if fetch.first < len(fetch.keys) else b""
@@ -305,6 +325,7 @@ class Tiering:
             parts = zip(chosen, namespaces, used, strict=True)
             staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
             self._saver.submit(staged)
+            self.followers.save(blocks[chosen], staged)
         return len(chosen)
 
     def _copy(self, blocks: Int32, slots: list[int]) -> bool:
@@ -333,8 +354,10 @@ class Tiering:
     ) -> int:
         """Fetch prompts and wait for them, each at most `wait_s` seconds. O(bytes).
 
-        Returns how many tokens were added to the prefix cache.
+        Returns how many tokens were added to the prefix cache. Raises: `ValueError` with followers.
         """
+        if self.followers.count:
+            raise ValueError("warm: followers only fetch between steps. Submit requests instead.")
         wait_s = arguments.seconds("wait_s", wait_s)
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": []}
         count = 0
