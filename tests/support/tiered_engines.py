@@ -27,7 +27,7 @@ from tests.support.tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_BLOCKS, NUM_CACHED = 6, 96  # of a prompt of 100 tokens, in blocks of 16
-_DEAR = PreemptionCosts(seconds_per_token=100.0)  # every fetch is worth it
+DEAR = PreemptionCosts(seconds_per_token=100.0)  # every fetch is worth it
 
 
 def prompt(number: int = 0) -> list[int]:
@@ -80,9 +80,18 @@ def patient_tiering() -> Iterator[None]:
 def engine_over(model: Any, tiers: Any, **options: Any) -> Iterator[Engine]:
     """An engine whose fetches take as long as a busy machine needs."""
     with patient_tiering():
-        engine = Engine(model, **{"memory": "4MiB", "tiers": tiers, "costs": _DEAR} | options)
+        engine = Engine(model, **{"memory": "4MiB", "tiers": tiers, "costs": DEAR} | options)
     with engine:
         yield engine
+
+
+def flip_bits(folder: Path) -> None:
+    """Damage every block of a disk store that is closed."""
+    for segment in folder.glob("*"):
+        content = bytearray(segment.read_bytes())
+        if len(content) > 1 << 20:
+            content[8::4096] = bytes(byte ^ 4 for byte in content[8::4096])
+            segment.write_bytes(content)
 
 
 def ask(engine: Engine, number: int = 0, **labels: Any) -> Output:

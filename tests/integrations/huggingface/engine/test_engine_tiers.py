@@ -23,6 +23,7 @@ from tests.support.tiered_engines import (  # noqa: E402
     ask,
     engine_over,
     evict_found_blocks,
+    flip_bits,
     in_a_process,
     llama,
     store_stats,
@@ -34,16 +35,6 @@ pytestmark = pytest.mark.filterwarnings(  # of PEFT's
     "ignore:.*is_gradient_checkpointing:FutureWarning"
 )
 SECRET, OTHER = b"s" * 32, b"t" * 32
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> str:
-    return f"disk:{tmp_path}/kv?capacity=32MiB"
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +153,7 @@ def test_a_flipped_bit_is_not_served(
     model: Any, tokens: list[int], tmp_path: Path, disk: str
 ) -> None:
     saved_by(model, disk)
-    for segment in (tmp_path / "kv").glob("*"):
-        content = bytearray(segment.read_bytes())
-        if len(content) > 1 << 20:
-            content[8::4096] = bytes(byte ^ 4 for byte in content[8::4096])
-            segment.write_bytes(content)
+    flip_bits(tmp_path / "kv")
     with engine_over(model, disk) as engine:
         output = ask(engine)
         assert store_stats(engine).bad > 0

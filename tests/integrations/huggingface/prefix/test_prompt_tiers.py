@@ -23,10 +23,13 @@ from kvpager.storage.tiers.seals import Digest  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 from tests.support.llama_calls import generate  # noqa: E402
 from tests.support.tiered_engines import (  # noqa: E402
+    DEAR,
+    NUM_CACHED,
     adapted,
     ask,
     edited,
     engine_over,
+    flip_bits,
     llama,
     patient_tiering,
 )
@@ -35,18 +38,6 @@ from tests.support.tiered_engines import prompt as prompt_of_the_engine  # noqa:
 pytestmark = pytest.mark.filterwarnings(  # of PEFT's
     "ignore:.*is_gradient_checkpointing:FutureWarning"
 )
-_DEAR = PreemptionCosts(seconds_per_token=100.0)  # every fetch is worth it
-HITS = 96  # of a prompt of 100 tokens, in blocks of 16
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> str:
-    return f"disk:{tmp_path}/kv?capacity=32MiB"
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
 
 
 def one(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -62,7 +53,7 @@ def ids(model: Any, inputs: Any, **options: Any) -> list[list[int]]:
 def patched(model: Any, tiers: Any, **options: Any) -> Iterator[kvpager.Patch]:
     """A patch whose fetches take as long as a busy machine needs, and that leaves nothing held."""
     with patient_tiering():
-        options = {"prefix_cache": True, "costs": _DEAR} | options
+        options = {"prefix_cache": True, "costs": DEAR} | options
         patch = kvpager.patch(model, tiers=tiers, **options)
     opened = patch.tiers
     assert opened is not None
@@ -91,10 +82,12 @@ def test_a_new_patch_finds_a_prompt_on_disk(model: Any, disk: str) -> None:
     again = llama()
     with patched(again, disk) as patch:
         assert ids(again, one()) == expected
-        assert patch.stats().prefix_hit_tokens == HITS
-        assert f"{HITS} tokens fetched, not computed ({HITS} from disk)" in patch.report()
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
+        assert (
+            f"{NUM_CACHED} tokens fetched, not computed ({NUM_CACHED} from disk)" in patch.report()
+        )
         assert ids(again, one()) == expected  # it is on the device now
-    assert f"{HITS} tokens fetched" in patch.report()
+    assert f"{NUM_CACHED} tokens fetched" in patch.report()
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
@@ -140,7 +133,7 @@ def test_blocks_are_stored_as_the_pool_holds_them(
     saved_by(model, disk, one(), kv_cache_dtype=kv_cache_dtype)
     with patched(model, disk, kv_cache_dtype=kv_cache_dtype) as patch:
         assert ids(model, one()) == expected
-        assert patch.stats().prefix_hit_tokens == HITS
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
 
 
 def test_patches_and_engines_share_stores(model: Any, disk: str) -> None:
@@ -150,11 +143,11 @@ def test_patches_and_engines_share_stores(model: Any, disk: str) -> None:
         ask(engine)
     with patched(model, disk) as patch:
         assert ids(model, inputs) == expected
-        assert patch.stats().prefix_hit_tokens == HITS
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
 
 
 def test_a_wrapped_model_is_served(disk: str) -> None:
-    for hits in (0, HITS):
+    for hits in (0, NUM_CACHED):
         wrapped = adapted()
         expected = ids(wrapped, one())
         with patched(wrapped, disk) as patch:
@@ -190,7 +183,7 @@ def test_namespaces_find_their_own_prompts(model: Any, disk: str) -> None:
     expected = ids(model, one())
     saved_by(model, disk, one(), namespace="acme")
     with patched(model, disk) as patch:
-        for namespace, hits in (("other", 0), ("acme", HITS)):
+        for namespace, hits in (("other", 0), ("acme", NUM_CACHED)):
             before = patch.stats().prefix_hit_tokens
             with patch.namespace(namespace):
                 assert ids(model, one()) == expected
@@ -249,11 +242,7 @@ def test_a_change_after_a_call_keeps_its_blocks_unsaved(disk: str) -> None:
 def test_a_flipped_bit_is_not_served(model: Any, tmp_path: Path, disk: str) -> None:
     expected = ids(model, one())
     saved_by(model, disk, one())
-    for segment in (tmp_path / "kv").glob("*"):
-        content = bytearray(segment.read_bytes())
-        if len(content) > 1 << 20:
-            content[8::4096] = bytes(byte ^ 4 for byte in content[8::4096])
-            segment.write_bytes(content)
+    flip_bits(tmp_path / "kv")
     with patched(model, disk) as patch:
         assert ids(model, one()) == expected
         assert patch.stats().prefix_hit_tokens == 0
@@ -312,7 +301,7 @@ def test_clearing_the_prefix_cache_turns_tiers_off(model: Any, disk: str) -> Non
     saved_by(model, disk, one())
     with patched(model, disk) as patch:
         patch.clear_prefix_cache()
-        for hits in (0, HITS):
+        for hits in (0, NUM_CACHED):
             assert ids(model, one()) == expected
             assert patch.stats().prefix_hit_tokens == hits
         assert "0 tokens fetched" in patch.report()
@@ -376,7 +365,7 @@ def test_a_second_patch_leaves_the_first_as_it_is(model: Any, disk: str) -> None
         generate(model, one())
     with patched(model, disk) as patch:
         generate(model, one())
-        assert patch.stats().prefix_hit_tokens == HITS
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
 
 
 def test_a_model_that_changes_while_it_is_patched_is_refused(
