@@ -123,13 +123,25 @@ class SaveBlocks(NamedTuple):
     stores: UInt8
 
 
+class DropBlocks(NamedTuple):
+    """Drop blocks from a store.
+
+    Attributes:
+        keys: uint8 [n, 32], as in `FetchBlocks`.
+        store: the number of the store.
+    """
+
+    keys: UInt8
+    store: int
+
+
 class EndFetch(NamedTuple):
     """Free the staging of a fetch. A follower that does not know the ticket ignores it."""
 
     ticket: int
 
 
-Transfer = FetchBlocks | LoadBlocks | SaveBlocks | EndFetch
+Transfer = FetchBlocks | LoadBlocks | SaveBlocks | DropBlocks | EndFetch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -139,6 +139,19 @@ def test_a_failed_step_drops_what_followers_may_not_have_loaded(
         assert tokens_of(engine, PROMPT) == (39, {})
 
 
+def test_a_forgotten_namespace_leaves_the_stores_of_all_ranks(
+    process: FollowerProcess, tmp_path: Path
+) -> None:
+    with LeadingEngine(process, tmp_path) as engine:
+        for name in ("a", "b"):
+            engine.ask(PROMPT, namespace=name).result(60)
+        assert engine.settle()["blocks"] == 22
+        assert engine.tiers is not None
+        assert engine.tiers.forget("a") == 11
+        assert engine.settle()["blocks"] == 11
+        assert engine.ask(PROMPT, namespace="b").result(60).num_cached_tokens == 39
+
+
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 20))]
 )

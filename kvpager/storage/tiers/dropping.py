@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from kvpager.storage.tiers.namespaces import NamespaceKeys
@@ -27,12 +28,14 @@ class Dropper:
     Keys whose drop failed stay tracked, so that the next call drops them.
 
     Attributes:
+        on_drop: called with the number of a store and the keys that it dropped.
         stores: the stores.
         tracked: the keys that stores keep.
         news: what became of keys, in order.
     """
 
     def __init__(self, stores: Sequence[BlockStore], tracked: NamespaceKeys) -> None:
+        self.on_drop: Callable[[int, list[bytes]], object] = lambda *_: None
         self.news: deque[News] = deque()
         self.stores = stores
         self.tracked = tracked
@@ -56,6 +59,10 @@ class Dropper:
         if keys:
             self.news.append(News(number, keys, is_kept))
 
+    def drop(self, number: int, keys: Iterable[bytes]) -> int:
+        """Drop blocks from a store, whenever it saved them; return how many. O(keys)."""
+        return self._drop(number, dict.fromkeys(keys, math.nan))
+
     def _drop(self, number: int, saved_at: dict[bytes, float]) -> int:
         keys = list(saved_at)
         try:
@@ -66,4 +73,5 @@ class Dropper:
             return 0
         self.tracked.dropped(number, saved_at)
         self.tell(number, keys, is_kept=False)
+        self.on_drop(number, keys)
         return len(keys)

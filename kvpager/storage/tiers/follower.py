@@ -11,6 +11,7 @@ from kvpager.blocks.sequences import KeyParts
 from kvpager.errors import KVPagerError
 from kvpager.plans import (
     NO_BLOCKS,
+    DropBlocks,
     EndFetch,
     FetchBlocks,
     LoadBlocks,
@@ -89,6 +90,8 @@ class TierFollower:
                     self._load(transfer)
                 case SaveBlocks():
                     self._save(transfer)
+                case DropBlocks(keys, store) if store < len(self.stores):
+                    self._saver.drop(store, self._keys(keys))
                 case EndFetch(ticket):
                     if (fetch := self._fetches.pop(ticket, None)) is not None:
                         self._loader.cancel(fetch)

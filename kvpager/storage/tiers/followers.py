@@ -21,6 +21,7 @@ import numpy as np
 
 from kvpager import _validate as arguments
 from kvpager.plans import (
+    DropBlocks,
     EndFetch,
     FetchBlocks,
     Int32,
@@ -42,9 +43,9 @@ class _Asked(NamedTuple):
 
 
 class Followers:
-    """Collects the transfers of the followers, ranks 1 to `count`. Any thread may call `report`.
+    """Collects the transfers of the followers, ranks 1 to `count`.
 
-    Without followers, no method does anything.
+    Any thread may call `report` and `drop`. Without followers, no method does anything.
     """
 
     def __init__(self, count: int, on_progress: Callable[[], None]) -> None:
@@ -95,6 +96,12 @@ class Followers:
             stores = [sum(1 << number for number in block.stores) for block in staged]
             keys = _array([block.key for block in staged])
             self._add(SaveBlocks(keys, blocks, np.array(stores, np.uint8)))
+
+    def drop(self, number: int, keys: list[bytes]) -> None:
+        """Let followers drop their shards of blocks from a store, as the leader did. O(keys)."""
+        if self.count:
+            self._add(DropBlocks(_array(keys), number))
+            self._on_progress()  # no step may follow by itself
 
     def end(self, fetch: Fetch) -> None:
         """Let followers free what they have left of a fetch. Twice is as once. O(1)."""

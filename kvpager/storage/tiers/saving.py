@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -100,11 +101,18 @@ class Saver:
 
     def forget(self, namespace: str) -> Future[int]:
         """Drop the known blocks of a namespace from all stores, after the saves before. O(1)."""
+        return self._later(partial(self._dropper.drop_namespace, namespace))
+
+    def drop(self, number: int, keys: list[bytes]) -> None:
+        """Drop blocks from a store, after the saves before. O(1)."""
+        self._later(partial(self._dropper.drop, number, keys))
+
+    def _later(self, drop: Callable[[], int]) -> Future[int]:
         try:
-            return self._thread.submit(self._dropper.drop_namespace, namespace)
+            return self._thread.submit(drop)
         except RuntimeError:  # as in `submit`
             done = Future[int]()
-            done.set_result(self._dropper.drop_namespace(namespace))
+            done.set_result(drop())
             return done
 
     def _save(self, blocks: Sequence[StagedBlock]) -> None:

@@ -113,6 +113,7 @@ class Tiering:
         self._loader = Loader(staging, dropper, recompute_s, lambda: self.on_progress())
         self._saver = Saver(staging, dropper, self._max_wait_s, lambda: self.on_progress())
         self.followers = Followers(num_followers, lambda: self.on_progress())
+        dropper.on_drop = self.followers.drop
         parts = manager, staging, self.stores, self._keying, self._saver, self.followers
         self.prompts = PromptSaver(*parts)
         self._num_declined = 0

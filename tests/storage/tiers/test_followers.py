@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvpager import BlockStorage, KVPagerError
-from kvpager.plans import FetchBlocks, LoadBlocks, SaveBlocks, Transfer
+from kvpager.plans import DropBlocks, FetchBlocks, LoadBlocks, SaveBlocks, Transfer
 from kvpager.storage.staging import Staging
 from kvpager.storage.tiers.follower import TierFollower
 from kvpager.storage.tiers.layout import BlockLayout
@@ -211,6 +211,18 @@ def test_a_bad_answer_is_refused(numbers: tuple[int, int, int], message: str) ->
     node.end()
 
 
+def test_what_is_over_a_limit_leaves_the_stores_of_all_ranks() -> None:
+    node = Node(num_followers=1)
+    shard = Shard(node)
+    node.tiering.limit("a", capacity=3 * node.storage.block_bytes)
+    node.compute(prompt(1), namespace="a")
+    assert node.clean() == 5
+    shard.apply(node.tiering.followers.take())
+    assert [len(each.stores[0].blocks) for each in (node, shard)] == [3, 3]
+    shard.end()
+    node.end()
+
+
 # ------------------------------------------------------------------- a follower alone
 
 KEYS = np.arange(5 * 32, dtype=np.uint8).reshape(5, 32)
@@ -257,6 +269,13 @@ def test_a_block_goes_to_the_stores_of_its_mask() -> None:
     shard.apply((FetchBlocks(1, KEYS, 60.0),))
     shard.apply((LoadBlocks(1, 1, BLOCKS[:3]),))  # from the second store: also saved in the first
     assert [len(store.blocks) for store in shard.stores] == [3, 5]
+    shard.end()
+
+
+def test_blocks_are_dropped_after_the_saves_before_them() -> None:
+    shard = Shard(None, stores=[DictStore(64), DictStore(64)])
+    shard.apply((all_to(3), DropBlocks(KEYS[:2], 1), DropBlocks(KEYS, 2)))  # a store it lacks
+    assert [len(store.blocks) for store in shard.stores] == [5, 3]
     shard.end()
 
 
