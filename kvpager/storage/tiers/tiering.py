@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Unpack
 
@@ -310,16 +310,20 @@ class Tiering:
         slots = self._staging.take(len(blocks))
         try:
             blocks = blocks[: len(slots)]
-            keys = cached.keys(blocks, self._keying)
-            wanted = self._admissions.wanted(keys)
-            chosen = [number for number, stores in enumerate(wanted) if stores]
-            used = slots[: len(chosen)]
-            namespaces = cached.namespaces(blocks[chosen])
-            if not self._copy(blocks[chosen], used):
-                self.is_clean = True  # floors of namespaces need the blocks: try again later
-                return 0
-            cached.mark_offered(blocks)
-            slots = slots[len(chosen) :]
+            # First: what is admitted is remembered, and must be copied then.
+            with self._held(blocks) as is_held:
+                if not is_held:
+                    self.is_clean = True  # floors of namespaces need the blocks: try again later
+                    return 0
+                keys = cached.keys(blocks, self._keying)
+                wanted = self._admissions.wanted(keys)
+                chosen = [number for number, stores in enumerate(wanted) if stores]
+                used = slots[: len(chosen)]
+                namespaces = cached.namespaces(blocks[chosen])
+                if chosen:
+                    self._staging.read(blocks[chosen].tolist(), used)
+                cached.mark_offered(blocks)
+                slots = slots[len(chosen) :]
         finally:
             self._staging.give(slots)
         if chosen:
@@ -329,19 +333,18 @@ class Tiering:
             self.followers.save(blocks[chosen], staged)
         return len(chosen)
 
-    def _copy(self, blocks: Int32, slots: list[int]) -> bool:
-        """Copy blocks into staging; return False if floors do not allow to hold them."""
-        if not slots:
-            return True
+    @contextlib.contextmanager
+    def _held(self, blocks: Int32) -> Iterator[bool]:
+        """Hold blocks meanwhile. Yields False if floors of namespaces need them."""
         try:
             ticket = self._manager.cached.hold(blocks)
         except ValueError:
-            return False
+            yield False
+            return
         try:
-            self._staging.read(blocks.tolist(), slots)
+            yield True
         finally:
             self._manager.cached.release(ticket, keep_rank=True)
-        return True
 
     # ---------------------------------------------------------------- for callers
 

@@ -33,6 +33,18 @@ def test_a_block_is_taken_when_it_is_used_for_the_second_time() -> None:
     node.end()
 
 
+def test_an_offer_that_could_not_be_copied_does_not_count() -> None:
+    node = Node(admit="second")
+    node.compute(prompt(1, 9))
+    assert node.clean() == 0
+    node.compute(prompt(1, 13))  # a third block is offered for the first time
+    node.manager.quotas.set("other", floor=15)
+    assert node.clean() == 0
+    node.manager.quotas.drop("other")
+    assert node.clean() == 2
+    node.end()
+
+
 def test_a_small_store_that_is_full_takes_blocks_used_twice() -> None:
     node = Node([store_of(5)])
     node.compute(prompt(1))
