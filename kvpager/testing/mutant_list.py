@@ -55,6 +55,10 @@ _BUGS = {
             "        self.free_rows.append(first)\n        self.epoch += 1",
             "        self.free_rows.append(first)",
         ),
+        "reuse prefixes of another namespace": (
+            "        return self.namespace, self.lora\n",
+            "        return None, self.lora\n",
+        ),
         "reuse prefixes of another LoRA": (
             "        return self.namespace, self.lora\n",
             "        return self.namespace, None\n",
