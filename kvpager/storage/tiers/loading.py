@@ -11,16 +11,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
 
+import numpy as np
+
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
 from kvpager.storage.tiers.costs import TransferCost
 from kvpager.storage.tiers.dropping import Dropper
-from kvpager.storage.tiers.protocol import BlockStore, Loaded
+from kvpager.storage.tiers.protocol import Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 16  # blocks of one call of a store
+_GONE = (Loaded.MISS, Loaded.BAD)
 
 
 @dataclass(eq=False)
@@ -138,20 +141,18 @@ class Loader:
     def _load(self, fetch: Fetch) -> None:
         for number, store in enumerate(self._stores):
             try:
-                self._load_from(fetch, number, store)
+                self._load_from(fetch, number)
             except Exception:
                 logger.exception("the store %s failed to load", store.name)
 
-    def _load_from(self, fetch: Fetch, number: int, store: BlockStore) -> None:
+    def _load_from(self, fetch: Fetch, number: int) -> None:
         """Load the next blocks from one store, as many as it has."""
         wanted = fetch.keys[fetch.first + len(fetch.slots) :]
         if not wanted or self._is_over(fetch):
             return
         surplus = self._dropper.drop_surplus(number)  # blocks that are too old are not served
         wanted = list(takewhile(lambda key: key not in surplus, wanted))
-        begun = time.monotonic()
-        count = store.find(wanted)
-        self.costs[number].found(time.monotonic() - begun)
+        count = self._find(fetch, number, wanted)
         if not count or not self._is_worth(number, count):
             return
         self.costs[number].begin_load()
@@ -159,6 +160,24 @@ class Loader:
             keys = wanted[start : min(start + _BATCH, count)]
             if self._is_over(fetch) or not self._load_batch(fetch, number, keys):
                 return
+
+    def _find(self, fetch: Fetch, number: int, wanted: list[bytes]) -> int:
+        """Return how many leading keys a store seems to have.
+
+        A store without `losses` is also asked for the cached block before them. If it lacks that
+        one, the cached blocks are offered to it again.
+        """
+        store, cached = self._stores[number], list[bytes]()
+        if not hasattr(store, "losses"):
+            cached = fetch.keys[: fetch.first]
+        begun = time.monotonic()
+        count = store.find([*cached[-1:], *wanted])
+        self.costs[number].found(time.monotonic() - begun)
+        if not cached or count:
+            return count - bool(cached)
+        if not getattr(store, "bypassed", False):
+            self._dropper.tell(number, cached, is_kept=False)
+        return 0 if self._is_over(fetch) else store.find(wanted)
 
     def _is_over(self, fetch: Fetch) -> bool:
         return self._closing.is_set() or fetch.is_void or time.monotonic() >= fetch.deadline
@@ -183,6 +202,8 @@ class Loader:
             fetch.sources += [number] * num_hits
             self._staging.give(slots[num_hits:])
         self._dropper.tracked.add(number, fetch.identity["namespace"], keys[:num_hits])
+        gone = np.flatnonzero(np.isin(outcomes, _GONE)).tolist()
+        self._dropper.tell(number, [keys[index] for index in gone], is_kept=False)
         return num_hits == len(keys)
 
     def close(self) -> None:

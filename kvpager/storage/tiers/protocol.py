@@ -74,7 +74,8 @@ class BlockStore(Protocol):
     misses and `save` refuses. `kvpager.testing.stores` tests these properties.
 
     A store that knows which keys it stops to offer reports them in an attribute `losses`, a
-    `kvpager.storage.tiers.losses.Losses`. One that chooses blocks itself has an attribute `admit`.
+    `kvpager.storage.tiers.losses.Losses`. Others are asked, when a prompt is fetched, whether they
+    still have the block before. One that chooses blocks itself has an attribute `admit`.
     One with an attribute `bypassed` is offered nothing while that is True. One whose attribute
     `is_private` is True serves this process only, and ends with it.
     """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
 from kvpager.storage.tiers.protocol import Saved
 from tests.support.dict_store import DictStore
-from tests.support.tier_node import Node, prompt
+from tests.support.tier_node import Node, finished, prompt
 
 
 @pytest.mark.parametrize("answer", [Saved.REFUSED, Saved.LATE, None])
@@ -76,6 +77,85 @@ def test_a_block_that_a_store_lost_is_offered_again_after_its_use() -> None:
     assert node.compute(prompt(1)) == 20
     assert node.clean() == 3
     node.end()
+
+
+class Silent(DictStore):
+    """A store that does not report its losses."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        del self.losses
+
+
+def test_blocks_are_offered_again_to_a_server_that_lost_them() -> None:
+    node = Node([Silent()], num_blocks=64)
+    (store,) = node.stores
+    node.compute(prompt(1))
+    assert node.clean() == 5
+    store.blocks.clear()
+    assert node.compute(prompt(1)) == 20
+    assert node.clean() == 0  # it was not asked
+    longer = [*prompt(1), *prompt(2)]
+    assert node.fetch(longer) == 0
+    assert node.compute(longer) == 20
+    assert node.clean() == 10
+    assert len(store.blocks) == 10
+    node.end()
+
+
+def test_a_server_that_lost_a_beginning_still_serves_the_rest() -> None:
+    node = Node([Silent()], num_blocks=64)
+    (store,) = node.stores
+    longer = [*prompt(1), *prompt(2)]
+    node.compute(longer)
+    node.clean()
+    other = Node([store], num_blocks=64)
+    other.compute(prompt(1))
+    del store.blocks[list(store.blocks)[5]]  # of blocks 9 8 7 6 5 4 3 2 1 0
+    assert other.fetch(longer) == 5
+    other.end()
+
+
+def test_a_server_that_is_bypassed_lost_nothing() -> None:
+    class Away(Silent):
+        bypassed = False
+
+        def find(self, keys: Any) -> int:
+            return 0 if self.bypassed else super().find(keys)
+
+    away = Away()
+    node = Node([away], num_blocks=64)
+    node.compute(prompt(1))
+    node.clean()
+    away.bypassed = True
+    longer = [*prompt(1), *prompt(2)]
+    assert node.fetch(longer) == 0
+    away.bypassed = False
+    assert node.compute(longer) == 20
+    assert node.clean() == 5
+    node.end()
+
+
+def test_a_block_that_a_load_misses_is_offered_again() -> None:
+    node = Node(num_blocks=64)
+    (store,) = node.stores
+    node.compute(prompt(1))
+    node.clean()
+    other = Node(node.stores, num_blocks=64)
+    store.lost = set(store.blocks)
+    may_load = threading.Event()
+    for _ in range(2):
+        other.tiering._loader._threads.submit(may_load.wait, 60)
+    fetch = other.tiering.begin(prompt(1))
+    assert fetch is not None
+    other.compute(prompt(1))  # meanwhile
+    assert other.clean() == 5
+    may_load.set()
+    finished(fetch)
+    other.tiering.cancel(fetch)
+    other.compute(prompt(1))
+    assert other.clean() == 5
+    other.end()
 
 
 def test_a_store_with_too_little_room_is_not_offered_blocks_without_end() -> None:
