@@ -126,6 +126,11 @@ class PrefixMatch(NamedTuple):
     num_tokens: int
     blocks: Int32
 
+    def whole(self, block_size: int) -> Int32:
+        """Return the blocks that match wholly, of all groups: int32 [n]. O(blocks)."""
+        blocks = self.blocks[..., : self.num_tokens // block_size]
+        return blocks[blocks >= 0]
+
     @classmethod
     def of(cls, num_tokens: int, blocks: Int32) -> PrefixMatch:
         """Return a match whose `blocks` are read-only. O(1)."""

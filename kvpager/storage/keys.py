@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
+from kvpager.blocks.groups.digests import extend_digests
 from kvpager.blocks.mm_hashes import MMHash, Tag, read_mm_hashes
 from kvpager.plans import Int32
 
@@ -113,21 +114,54 @@ def shard_key(key: bytes, rank: int, layout: str) -> bytes:
     return blake2b(_joined(fields), digest_size=KEY_BYTES, person=_SHARD).digest()
 
 
-def window_keys(
-    digests: Iterable[bytes], block_size: int, context: KeyContext, group: KeyGroup
-) -> list[bytes]:
-    """Return the keys of blocks in a group with a window, 32 bytes each. O(digests).
+class PromptKeys:
+    """The keys of a prompt's full blocks in all groups of layers.
 
-    `digests` cover the tokens up to the end of each block: see `kvpager.blocks.groups.digests`.
+    Those of a group without a window are a chain. Those of a group with a window are digests of all
+    tokens up to the end of a block: the blocks before it may be gone.
+
+    Attributes:
+        block_size: tokens of a block.
+        windows: of the groups, None for full attention.
     """
-    root = _root(context, block_size, group)
-    return [_windowed(root, context.secret, digest) for digest in digests]
+
+    def __init__(
+        self,
+        tokens: Int32,
+        block_size: int,
+        context: KeyContext,
+        mm_hashes: Iterable[tuple[int, int, bytes]],
+        windows: tuple[int | None, ...],
+    ) -> None:
+        """Make the keys of groups without a window; the others on demand. O(tokens * groups)."""
+        self.block_size = block_size
+        self.windows = windows
+        shown = list(mm_hashes)
+        self._secret = context.secret
+        self._chains, self._roots = dict[int, list[bytes]](), dict[int, bytes]()
+        for number, window in enumerate(windows):
+            group = KeyGroup(number, windows)
+            if window is None:
+                self._chains[number] = content_keys(tokens, block_size, context, shown, group)
+            else:
+                self._roots[number] = _root(context, block_size, group)
+        self._digests: list[bytes] = []
+        if self._roots:
+            num_blocks = len(tokens) // block_size
+            blocks = tokens[: num_blocks * block_size].reshape(num_blocks, block_size)
+            extend_digests(self._digests, blocks, read_mm_hashes(shown, len(tokens)))
+
+    def of(self, group: int, position: int) -> bytes:
+        """Return the key of a block. O(1)."""
+        if group in self._chains:
+            return self._chains[group][position]
+        return _windowed(self._roots[group], self._secret, self._digests[position])
 
 
 class ContentKeying:
     """Makes the keys of blocks one by one, for `manager.cached.keys`.
 
-    They are those of `content_keys` and `window_keys`. `context_of` returns the context of a
+    They are those of `PromptKeys`. `context_of` returns the context of a
     namespace and LoRA adapter. It must always return the same one. `windows` are the manager's.
     """
 

@@ -13,9 +13,8 @@ from kvpager.blocks.mm_hashes import NO_MM_HASHES
 from kvpager.storage.keys import (
     ContentKeying,
     KeyContext,
-    KeyGroup,
+    PromptKeys,
     content_keys,
-    window_keys,
 )
 
 SIZE = 4
@@ -112,44 +111,38 @@ def test_blocks_of_groups_leave_as_foretold() -> None:
 # ------------------------------------------------------------------------------------- keys
 
 
+def keys_of(
+    windows: tuple[int | None, ...], tokens: list[int], image: Any = ()
+) -> list[list[bytes]]:
+    """Return the keys of a prompt's blocks, for each group."""
+    keys = PromptKeys(np.array(tokens, np.int32), SIZE, CONTEXT, image, windows)
+    blocks = range(len(tokens) // SIZE)
+    return [[keys.of(group, at) for at in blocks] for group in range(len(windows))]
+
+
 def test_the_keys_of_blocks_are_those_of_their_prompt() -> None:
-    windows = (None, 7, None)
+    windows, image = (None, 7, None), [(5, 11, b"image")]
     manager = GroupedManager(windows, 100, SIZE)
-    image = [(5, 11, b"image")]
     computed(manager, PROMPT, mm_hashes=image)
     tables = manager.cached_blocks(PROMPT, mm_hashes=image)
     keying = ContentKeying(SIZE, lambda *_: CONTEXT, windows)
-    digests: list[bytes] = []
-    sequence = manager.allocate(PROMPT, mm_hashes=image)
-    shown = manager._state.rows.prompt(sequence._row).mm_hashes
-    extend_digests(digests, np.array(PROMPT, np.int32).reshape(-1, SIZE), shown)
-    for number in (0, 2):
-        expected = content_keys(PROMPT, SIZE, CONTEXT, image, KeyGroup(number, windows))
-        assert manager.cached.keys(tables[number], keying) == expected
-    expected = window_keys(digests, SIZE, CONTEXT, KeyGroup(1, windows))
-    assert manager.cached.keys(tables[1], keying) == expected
+    found = [manager.cached.keys(table, keying) for table in tables]
+    assert found == keys_of(windows, PROMPT, image)
 
 
 def test_no_two_groups_share_a_key() -> None:
-    digests: list[bytes] = []
-    extend_digests(digests, np.array(PROMPT, np.int32).reshape(-1, SIZE), NO_MM_HASHES)
-    found = [content_keys(PROMPT, SIZE, CONTEXT)]
-    for windows in ((None, 7), (7, None), (None, 8), (None, None), (7, 7), (7,)):
-        for number, window in enumerate(windows):
-            group = KeyGroup(number, windows)
-            if window is None:
-                found.append(content_keys(PROMPT, SIZE, CONTEXT, group=group))
-            else:
-                found.append(window_keys(digests, SIZE, CONTEXT, group))
-    keys = [key for of_group in found for key in of_group]
-    assert len(set(keys)) == len(keys)
+    groups = [(None,), (None, 7), (7, None), (None, 8), (None, None), (7, 7), (7,)]
+    found = [key for windows in groups for of in keys_of(windows, PROMPT) for key in of]
+    assert len(set(found)) == len(found)
+    assert keys_of((None,), PROMPT) == [content_keys(PROMPT, SIZE, CONTEXT)]
 
 
-def test_a_windowed_key_is_the_same_on_every_machine() -> None:
+def test_windowed_keys_are_the_same_on_every_machine() -> None:
+    [keys] = keys_of((7,), [1, 2, 3, -4, *range(4)])
+    assert [key.hex()[:16] for key in keys] == ["d7d40d34d03810d5", "4660cbd08b30a878"]
     digests: list[bytes] = []
-    extend_digests(digests, np.array([[1, 2], [3, -4]], ">i4"), NO_MM_HASHES)
-    keys = window_keys(digests, 2, CONTEXT, KeyGroup(1, (None, 7)))
-    assert [key.hex()[:16] for key in keys] == ["0477b208b0665509", "6e848efec44e0f4d"]
+    extend_digests(digests, np.array([[1, 2, 3, -4]], ">i4"), NO_MM_HASHES)
+    assert [digest.hex()[:16] for digest in digests] == ["46a851520c4b3962"]
 
 
 # ---------------------------------------------------------------------------------- restore

@@ -29,12 +29,7 @@ class Node:
         self.storage = BlockStorage(num_blocks, SIZE, [SHAPE], dtype=torch.float32)
         self.staging = Staging(self.storage, slots)
         self.stores = [DictStore(self.storage.block_bytes)] if stores is None else list(stores)
-        self.tiering = Tiering(
-            self.manager, self.staging, self.stores,
-            lambda namespace, lora: KeyContext("layout", "model", (namespace or "").encode().ljust(
-                16 if namespace else 0), lora),
-            **options,
-        )  # fmt: skip
+        self.tiering = Tiering(self.manager, self.staging, self.stores, context_of, **options)
 
     def compute(self, tokens: list[int], **key: Any) -> int:
         """Prefill a prompt as a model would, and free it. Returns the tokens that were cached."""
@@ -83,6 +78,11 @@ class Node:
         stats = self.manager.stats()
         assert stats.num_free + stats.num_cached == stats.num_blocks
         assert all(store.is_closed for store in self.stores)
+
+
+def context_of(namespace: str | None, lora: str | None) -> KeyContext:
+    secret = b"" if namespace is None else namespace.encode().ljust(16)
+    return KeyContext("layout", "model", secret, lora)
 
 
 def kv(tokens: list[int], key: dict[str, Any]) -> list[int]:

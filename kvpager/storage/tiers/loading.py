@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -17,6 +18,8 @@ from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
 from kvpager.storage.tiers.costs import TransferCost
 from kvpager.storage.tiers.dropping import Dropper
+from kvpager.storage.tiers.group_blocks import GroupBlocks
+from kvpager.storage.tiers.group_loading import find_runs, find_windows, next_batch
 from kvpager.storage.tiers.protocol import Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
@@ -38,6 +41,8 @@ class Fetch:
         slots: the staging slots of blocks loaded, in order from block `first` on.
         sources: the number of the store that each of them came from.
         is_void: True if its blocks may not be used any more.
+        blocks: what is known of the prompt's blocks if the layers form groups. Then `keys` is
+            empty, and the slots hold the blocks `blocks.places`.
         ticket: its number among the fetches of followers.
         awaited: the followers that have not answered.
         stop: the first block of the prompt that a follower lacks, by its answer.
@@ -47,11 +52,12 @@ class Fetch:
     identity: KeyParts
     first: int
     keys: list[bytes]
-    deadline: float
+    deadline: float = 0.0
     num_waiting: int = 0
     slots: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     is_void: bool = False
+    blocks: GroupBlocks | None = None
     work: Future[None] = field(default_factory=Future)
     ticket: int = 0
     awaited: set[int] = field(default_factory=set)
@@ -61,6 +67,20 @@ class Fetch:
     def is_done(self) -> bool:
         """True if no thread works on it any more, and all followers have answered."""
         return self.work.done() and not self.awaited
+
+    @property
+    def name(self) -> bytes:
+        """The key of its next block, by which prompts share it. O(1)."""
+        if self.blocks is not None:
+            return self.blocks.name
+        return self.keys[self.first] if self.first < len(self.keys) else b""
+
+    @property
+    def num_missing(self) -> int:
+        """How many blocks the whole prompt lacks. O(blocks)."""
+        if self.blocks is not None:
+            return len(self.blocks.to_load(self.blocks.cached.shape[1]))
+        return len(self.keys) - self.first
 
     def take(self, count: int) -> tuple[list[int], list[int]]:
         """Remove the first `count` loaded blocks. Returns their slots and sources. O(blocks)."""
@@ -100,14 +120,18 @@ class Loader:
         self._threads = ThreadPoolExecutor(2, "kvpager-load")
         self._closing = threading.Event()
 
-    def is_worth(self, num_blocks: int) -> bool:
-        """Return True if a store may load blocks faster than they are computed. O(stores)."""
-        return any(self._is_worth(number, num_blocks) for number in range(len(self._stores)))
+    def is_worth(self, num_blocks: int, num_loads: int) -> bool:
+        """Return True if a store may load blocks faster than the model computes. O(stores).
 
-    def _is_worth(self, number: int, num_blocks: int) -> bool:
+        `num_blocks` would be computed. In several groups, there are other numbers to load.
+        """
+        numbers = range(len(self._stores))
+        return any(self._is_worth(number, num_blocks, num_loads) for number in numbers)
+
+    def _is_worth(self, number: int, num_blocks: int, num_loads: int) -> bool:
         if self._recompute_s is None:
             return True
-        num_bytes = num_blocks * self._staging.block_bytes
+        num_bytes = num_loads * self._staging.block_bytes
         return self.costs[number].is_worth(num_bytes, self._recompute_s(num_blocks))
 
     def start(self, fetch: Fetch) -> None:
@@ -139,6 +163,9 @@ class Loader:
         fetch.work.add_done_callback(give_back)
 
     def _load(self, fetch: Fetch) -> None:
+        if fetch.blocks is not None:
+            self._load_groups(fetch, fetch.blocks)
+            return
         for number, store in enumerate(self._stores):
             try:
                 self._load_from(fetch, number)
@@ -153,7 +180,7 @@ class Loader:
         surplus = self._dropper.drop_surplus(number)  # blocks that are too old are not served
         wanted = list(takewhile(lambda key: key not in surplus, wanted))
         count = self._find(fetch, number, wanted)
-        if not count or not self._is_worth(number, count):
+        if not count or not self._is_worth(number, count, count):
             return
         self.costs[number].begin_load()
         for start in range(0, count, _BATCH):
@@ -178,6 +205,49 @@ class Loader:
         if not getattr(store, "bypassed", False):
             self._dropper.tell(number, cached, is_kept=False)
         return 0 if self._is_over(fetch) else store.find(wanted)
+
+    def _load_groups(self, fetch: Fetch, blocks: GroupBlocks) -> None:
+        """Load the blocks that the longest prefix needs to continue, from whichever stores."""
+        unusable = [set(self._dropper.drop_surplus(number)) for number in range(len(self._stores))]
+        while not self._is_over(fetch) and self._find_groups(blocks, unusable):
+            while not self._is_over(fetch):
+                batch = next_batch(blocks, self._staging.num_free, _BATCH)
+                if batch is None:
+                    return
+                num_before = len(fetch.slots)
+                with self._leaving_out(batch.store, blocks):
+                    self.costs[batch.store].begin_load()
+                    self._load_batch(fetch, batch.store, batch.keys)
+                num_loaded = len(fetch.slots) - num_before
+                blocks.add(batch.places[:num_loaded])
+                if num_loaded < len(batch.keys):  # ask no store twice for a block
+                    unusable[batch.store].add(batch.keys[num_loaded])
+                    break  # look for another way
+
+    def _find_groups(self, blocks: GroupBlocks, unusable: list[set[bytes]]) -> bool:
+        """Look up what the stores have. Return True if they add to the prefix."""
+        blocks.stored[:] = False
+        most = self._staging.num_free
+        for find in (find_runs, find_windows):
+            for number in blocks.stores:
+                begun = time.monotonic()
+                with self._leaving_out(number, blocks):
+                    find(blocks, number, self._stores[number], unusable[number], most)
+                self.costs[number].found(time.monotonic() - begun)
+        for number in list(blocks.stores):
+            num_loads = blocks.num_from(number)
+            if num_loads and not self._is_worth(number, blocks.num_new, num_loads):
+                blocks.leave_out(number)
+        return blocks.num_new > 0
+
+    @contextlib.contextmanager
+    def _leaving_out(self, number: int, blocks: GroupBlocks) -> Iterator[None]:
+        """Ask a store that raises for nothing more."""
+        try:
+            yield
+        except Exception:
+            logger.exception("the store %s failed to load", self._stores[number].name)
+            blocks.leave_out(number)
 
     def _is_over(self, fetch: Fetch) -> bool:
         return self._closing.is_set() or fetch.is_void or time.monotonic() >= fetch.deadline

@@ -71,10 +71,11 @@ class PromptSaver:
         A thread saves them then. Blocks that left the prefix cache end the copying.
         O(tokens + bytes copied).
         """
-        stores = self._asked()
-        size = self._manager.block_size
-        found = self._manager.match_prefix(prompt.tokens, blocks=True, **prompt.identity)
-        blocks = found.blocks[prompt.num_copied : found.num_tokens // size]
+        stores, tokens = self._asked(), prompt.tokens
+        if any(self._manager.windows):
+            tokens = tokens[:-1]  # the last token is computed, so a prompt continues before it
+        found = self._manager.match_prefix(tokens, blocks=True, **prompt.identity)
+        blocks = found.whole(self._manager.block_size)[prompt.num_copied :]
         while stores and len(blocks):
             if not (count := self._offer(blocks[:_BATCH], stores, prompt)):
                 return

@@ -20,14 +20,16 @@ from typing import Unpack
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import KeyParts
-from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32
-from kvpager.storage.keys import ContentKeying, KeyContext, content_keys
+from kvpager.storage.keys import ContentKeying, KeyContext
 from kvpager.storage.tiers.admission import Admissions, Admit
+from kvpager.storage.tiers.attaching import PrefixAttacher
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.followers import Followers
+from kvpager.storage.tiers.group_attaching import GroupAttacher
 from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys, checked_name
 from kvpager.storage.tiers.prompt_saving import PromptSaver
@@ -90,16 +92,16 @@ class Tiering:
         num_followers: int = 0,
     ) -> None:
         """Use `stores` from now on; `close` closes them. Raises: `ValueError`, `TypeError`."""
-        if num_followers and any(manager.windows):
+        if num_followers and isinstance(manager, GroupedManager):
             raise ValueError(
-                f"num_followers={num_followers}: expected 0 for layers with a window. "
+                f"num_followers={num_followers}: expected 0 for groups of layers with a window. "
                 "Leave tiers out."
             )
         self.stores = tuple(stores)
         self._manager = manager
         self._staging = staging
         self._context_of = context_of
-        self._keying = ContentKeying(manager.block_size, context_of)
+        self._keying = ContentKeying(manager.block_size, context_of, manager.windows)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
         self._admissions = Admissions(self.stores, admit, manager.num_blocks)
@@ -116,6 +118,12 @@ class Tiering:
         dropper.on_drop = self.followers.drop
         parts = manager, staging, self.stores, self._keying, self._saver, self.followers
         self.prompts = PromptSaver(*parts)
+        mover = staging, self._saver, self._keying
+        self._attacher: GroupAttacher | PrefixAttacher
+        if isinstance(manager, GroupedManager):
+            self._attacher = GroupAttacher(manager, *mover, len(self.stores))
+        else:
+            self._attacher = PrefixAttacher(manager, *mover, self.followers)
         self._num_declined = 0
         self._is_open = True
         is_private = all(getattr(store, "is_private", False) for store in self.stores)
@@ -142,9 +150,9 @@ class Tiering:
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": list(mm_hashes)}
         return self._begin(prompt, identity, self._wait_s)
 
-    def _wait_s(self, num_blocks: int) -> float | None:
+    def _wait_s(self, num_blocks: int, num_loads: int) -> float | None:
         """Return how long to wait for blocks; None if they are computed sooner."""
-        if not self._loader.is_worth(num_blocks):
+        if not self._loader.is_worth(num_blocks, num_loads):
             self._num_declined += 1
             return None
         if self._recompute_s is None:
@@ -152,7 +160,7 @@ class Tiering:
         return min(self._max_wait_s, self._recompute_s(num_blocks) / 2)
 
     def _begin(
-        self, prompt: ArrayLike, identity: KeyParts, wait_s: Callable[[int], float | None]
+        self, prompt: ArrayLike, identity: KeyParts, wait_s: Callable[[int, int], float | None]
     ) -> Fetch | None:
         tokens, manager, size = arguments.token_ids(prompt), self._manager, self._manager.block_size
         # The last token is always computed, so its block need not be complete.
@@ -161,16 +169,16 @@ class Tiering:
         if first >= num_blocks:
             return None
         context = self._context_of(identity["namespace"], identity["lora"])
-        keys = content_keys(tokens, size, context, identity["mm_hashes"])[:num_blocks]
-        fetch = self._fetching.get(keys[first])
+        new = self._attacher.new_fetch(tokens, identity, context, first, num_blocks)
+        fetch = self._fetching.get(new.name)
         if fetch is None:
             if len(self._live) >= _FETCHES_MAX or not self._is_open:
                 return None
-            if (seconds := wait_s(num_blocks - first)) is None:
+            if (seconds := wait_s(num_blocks - first, new.num_missing)) is None:
                 return None
-            fetch = Fetch(tokens, identity, first, keys, time.monotonic() + seconds)
+            fetch, new.deadline = new, time.monotonic() + seconds
             self._live.add(fetch)  # first: an interrupt loses no slots
-            self._fetching[keys[first]] = fetch
+            self._fetching[fetch.name] = fetch
             try:
                 self.followers.begin(fetch)
                 self._loader.start(fetch)
@@ -205,59 +213,22 @@ class Tiering:
                 added = self._attach(fetch, most)
         finally:
             if added is None:
+                self._attacher.drop(fetch)
                 self._staging.give(fetch.take(len(fetch.slots))[0])
         if fetch.slots:
-            self._fetching.setdefault(fetch.keys[fetch.first], fetch)
+            self._fetching.setdefault(fetch.name, fetch)
         else:
             self._live.discard(fetch)
             self.followers.end(fetch)
         return added or {}
 
     def _attach(self, fetch: Fetch, count: int) -> dict[str, int] | None:
-        """Attach the first `count` blocks. Returns None if the fetch is of no use any more."""
-        manager, size, first = self._manager, self._manager.block_size, fetch.first
-        stop, identity = first + min(count, len(fetch.slots)), fetch.identity
-        # An image that begins in these blocks may end behind them.
-        shown = [each for each in identity["mm_hashes"] if each[0] < stop * size]
-        length = max([stop * size, *(end for _, end, _ in shown)])
-        shortened: KeyParts = {**identity, "mm_hashes": shown}
-        try:
-            sequence = manager.allocate(fetch.tokens[:length], **shortened)
-        except OutOfBlocks:
+        attached = self._attacher.attach(fetch, count)
+        if attached is None:
             return None
-        try:
-            if sequence.ticket:
-                manager.copies.complete(sequence)  # its copy would be overwritten
-            start = sequence.num_cached_tokens // size
-            if start < first:
-                return None
-            slots, sources = fetch.take(stop - first)
-            skipped = min(start - first, len(slots))
-            self._staging.give(slots[:skipped])
-            slots, sources = slots[skipped:], sources[skipped:]
-            if not slots:
-                return {}
-            self._saver.promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
-            blocks = manager.block_tables([sequence])[0][start:stop].tolist()
-            self._staging.write(slots, blocks)
-            self.followers.load(fetch, start, blocks)
-            manager.commit(sequence, stop * size)
-            found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **shortened)
-            keys = manager.cached.keys(found.blocks[start:stop], self._keying)
-            return self._mark_loaded(keys, sources)
-        finally:
-            manager.free(sequence)
-
-    def _mark_loaded(self, keys: list[bytes], sources: list[int]) -> dict[str, int]:
-        """Mark blocks clean in the stores they came from. Return the tokens of each store."""
-        added = dict[str, int]()
-        for number, store in enumerate(self.stores):
-            theirs = [key for key, source in zip(keys, sources, strict=True) if source == number]
-            if theirs:
-                self._manager.cached.mark_clean(theirs, number)
-                tokens = len(theirs) * self._manager.block_size
-                added[store.name] = added.get(store.name, 0) + tokens
-        return added
+        for number, keys in enumerate(attached.by_store(self.stores)):
+            self._manager.cached.mark_clean(keys, number)
+        return attached.num_tokens(self.stores, self._manager.block_size)
 
     def cancel(self, fetch: Fetch) -> None:
         """Stop waiting for a fetch. If no other caller waits, its slots become free. O(slots)."""
@@ -265,13 +236,13 @@ class Tiering:
         if fetch.num_waiting <= 0:
             self._unlist(fetch)
             self._live.discard(fetch)
+            self._attacher.drop(fetch)
             self._loader.cancel(fetch)
             self.followers.end(fetch)
 
     def _unlist(self, fetch: Fetch) -> None:
-        first = fetch.keys[fetch.first] if fetch.first < len(fetch.keys) else b""
-        if self._fetching.get(first) is fetch:
-            del self._fetching[first]
+        if self._fetching.get(fetch.name) is fetch:
+            del self._fetching[fetch.name]
 
     # ---------------------------------------------------------------- save
 
@@ -366,7 +337,7 @@ class Tiering:
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": []}
         count = 0
         for prompt in prompts:
-            fetch = self._begin(prompt, identity, lambda _: wait_s)
+            fetch = self._begin(prompt, identity, lambda *_: wait_s)
             if fetch is not None:
                 try:
                     wait([fetch.work])
@@ -384,7 +355,7 @@ class Tiering:
         """
         manager = self._manager
         found = manager.match_prefix(prompt, blocks=True, **key)
-        return manager.cached.hold(found.blocks[: found.num_tokens // manager.block_size])
+        return manager.cached.hold(found.whole(manager.block_size))
 
     def release(self, ticket: int) -> None:
         """End a `retain`. O(blocks). Raises: `ValueError` for a ticket that is not open."""
