@@ -30,8 +30,10 @@ from kvpager.bench.throughput.workload import (
     Workload,
 )
 from kvpager.errors import KVPagerError
+from kvpager.scheduling.preemption import PreemptionCosts
 from tests.conformance.architectures import VOCAB
 from tests.support.throughput_cases import FIELDS, requests, silent, tiny
+from tests.support.tiered_engines import patient_tiering
 
 # --- systems --------------------------------------------------------------------------------------
 
@@ -129,6 +131,30 @@ def test_prefixes_are_shared_within_a_run_and_forgotten_after_it() -> None:
     assert first >= 4 * 32
     (without,) = comparison.measure(["kvpager"], tiny(), work, Options(prefix_cache=False))
     assert without.last.hit_tokens == 0
+
+
+def test_a_run_over_tiers_finds_what_another_process_saved(tmp_path: Path) -> None:
+    pytest.importorskip("xxhash")
+    work, secret = requests(5, prefix_len=32), tmp_path / "secret"
+    secret.write_bytes(b"s" * 32)
+    options = Options(
+        tiers=[f"disk:{tmp_path}/kv?capacity=8MiB"],
+        secret_file=str(secret),
+        engine={"costs": PreemptionCosts(seconds_per_token=100.0)},  # every fetch is worth it
+    )
+    for is_warm in (False, True):
+        with patient_tiering():
+            [figures] = comparison.measure(["kvpager"], tiny(), work, options, repeats=2)
+        for run in figures.runs:
+            assert run.tier_tokens is not None
+            assert run.hit_tokens is not None
+            assert run.hit_tokens >= 4 * 32
+            assert (run.tier_tokens > 0) == is_warm
+    assert comparison.describe(tiny(), work, options)["options"]["tiers"] == [f"disk:{tmp_path}/kv"]
+
+
+def test_a_run_without_tiers_reports_no_hits_of_tiers() -> None:
+    assert _engine_run(tiny(), Options(), requests(2)).tier_tokens is None
 
 
 def test_a_request_that_never_fits_is_an_error() -> None:
@@ -247,6 +273,9 @@ def test_replies_of_another_length_than_asked_for_are_no_figures() -> None:
         (["kvpager"], {"block_size": 3}, "block_size.3"),
         (["kvpager"], {"threads": 0}, "threads.0"),
         (["vllm"], {"vllm_python": "nowhere"}, "vllm_python=nowhere: no interpreter"),
+        (["kvpager"], {"tiers": ["floppy:a"]}, "no store is called 'floppy'"),
+        (["kvpager"], {"secret_file": "a"}, "secret_file=a: of use with tiers only"),
+        (["kvpager", "kvpager-compiled"], {"tiers": ["host:1MiB"]}, "cannot share them"),
     ],
 )
 def test_systems_and_options_that_make_no_sense_are_refused(

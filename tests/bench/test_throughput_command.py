@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_json_on_stdout_is_json_alone(saved_model: str, tmp_path: Path) -> None:
     assert found["generated_tokens"] == 5
 
 
+def test_a_missing_extra_of_stores_is_named(
+    saved_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    (tmp_path / "secret").write_bytes(b"s" * 32)
+    result = call("--model", saved_model, "--tiers", "host:1MiB",
+                  "--secret-file", str(tmp_path / "secret"))  # fmt: skip
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "kvpager: cryptography is not installed. Run: pip install 'kvpager[sealed]'\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -114,6 +128,10 @@ def test_json_on_stdout_is_json_alone(saved_model: str, tmp_path: Path) -> None:
         (["--request-rate", "-1"], "--request-rate=-1.0: expected a positive number"),
         (["--output-len", "99999"], "positions. Shorten or leave out such requests"),
         (["--memory", "1"], "one block of 16 tokens takes"),
+        (["--tiers", "floppy:a"], "--tiers='floppy:a': no store is called 'floppy'"),
+        (["--tiers", "host:lots"], "capacity='lots': expected a size"),
+        (["--tiers", "host:1MiB", "--secret-file", "nowhere"], "nowhere: No such file"),
+        (["--secret-file", "nowhere"], "--secret-file=nowhere: of use with tiers only"),
     ],
 )
 def test_the_command_refuses_nonsense_in_one_line(

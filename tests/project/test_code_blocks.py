@@ -23,7 +23,7 @@ NOT_TESTED = {
     ("docs/guides/peft-torchao.md", "needs torchao"): 1,
     ("docs/guides/serving.md", "needs a network"): 1,
     ("docs/guides/serving.md", "opens a port"): 1,
-    ("docs/guides/throughput.md", "takes minutes"): 1,
+    ("docs/guides/throughput.md", "takes minutes"): 2,
     ("docs/guides/tiers.md", "needs your stores"): 1,
     ("docs/models.md", "takes hours"): 1,
     ("docs/testing.md", "takes hours"): 1,

@@ -14,7 +14,7 @@ FIELDS = {
     "system", "requests", "repeats", "generated_tokens", "seconds", "tokens_per_s",
     "tokens_per_s_of_each_repeat", "over_kvpager", "first_token_s_median", "first_token_s_p99",
     "per_token_s_median", "kv_peak_bytes", "kv_live_share", "preempted_by_swap",
-    "preempted_by_recompute", "prefix_hit_tokens", "note",
+    "preempted_by_recompute", "prefix_hit_tokens", "tier_hit_tokens", "note",
 }  # fmt: skip
 
 

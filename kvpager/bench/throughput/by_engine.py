@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 from typing import Any
 
@@ -18,7 +20,7 @@ from kvpager.integrations.huggingface.runner.model_info import inspect_model
 
 
 class EngineSystem:
-    """An engine that stays open between runs, without the prompts it cached."""
+    """An engine that stays open between runs, which do not find each other's prompts."""
 
     def __init__(
         self,
@@ -31,39 +33,28 @@ class EngineSystem:
     ) -> None:
         self._model, self._clock = share_weights(model), clock
         info = inspect_model(self._model)
-        budget = Budget(
-            None, options.block_size, kv_cache_dtype=options.engine.get("kv_cache_dtype")
-        )
+        config = options.engine_config()
+        budget = Budget(None, config.block_size, kv_cache_dtype=config.kv_cache_dtype)
         self.block_bytes = budget.block_bytes(info.shapes, info.dtype)
         self._start = 0.0
         self._moments: list[Moment] = []
-        memory = options.memory
-        if memory is None:  # 2 % more: the scheduler reserves a few blocks
-            blocks = workload.blocks(options.block_size) * len(info.windows)
+        self._num_runs = 0
+        if config.memory is None:  # 2 % more: the scheduler reserves a few blocks
+            blocks = workload.blocks(config.block_size) * len(info.windows)
             memory = (blocks * 51 // 50 + 1) * self.block_bytes
+            config = dataclasses.replace(config, memory=memory)
+        if compiled:  # the weights are constant during a measurement: the compiler may pack them
+            config = dataclasses.replace(config, compile={"options": {"freezing": True}})
         try:
-            self.engine = Engine(
-                self._model,
-                memory=memory,
-                host_memory=options.host_memory,
-                block_size=options.block_size,
-                max_batch_tokens=options.max_batch_tokens,
-                max_num_seqs=options.max_num_seqs,
-                prefix_cache=options.prefix_cache,
-                # The weights are constant during a measurement, so the compiler may pack them.
-                compile={"options": {"freezing": True}} if compiled else False,
-                on_step=self._note,
-                **options.engine,
-            )
+            self.engine = Engine(self._model, config, on_step=self._note)
         except ValueError as error:  # no block fits
             raise BadInput(str(error)) from error
 
     def run(self, workload: Workload, progress: Progress) -> Run:
         """Serve the requests. Raises: `KVPagerError` if a request fails or can never fit."""
         at_once = sum(item.arrival <= 0 for item in workload.items)
-        # The pause drops cached prompts, and the first step sees all requests that are due. So the
-        # batching depends on the workload, not on how fast this thread submits.
-        with self.engine.pause():
+        self._num_runs += 1
+        with self._fresh():
             before = self.engine.stats().scheduler
             self._moments = []
             self._start = self._clock.now()
@@ -86,16 +77,31 @@ class EngineSystem:
             swapped=after.total_preempted_by_swap - before.total_preempted_by_swap,
             recomputed=after.total_preempted_by_recompute - before.total_preempted_by_recompute,
             hit_tokens=after.total_reused_tokens - before.total_reused_tokens,
+            tier_tokens=sum(sum(each.cached_tokens_by_tier.values()) for each in outputs)
+            if self.engine.config.tiers
+            else None,
             moments=self._moments,
         )
+
+    def _fresh(self) -> contextlib.AbstractContextManager[None]:
+        """Begin a run that finds no prompts of earlier runs.
+
+        A pause drops them, and the first step sees all requests that are due. So the batching
+        depends on the workload, not on how fast this thread submits. But it would end the use of
+        tiers: with them, each run has a namespace of its own. Another process finds its prompts.
+        """
+        return contextlib.nullcontext() if self.engine.config.tiers else self.engine.pause()
 
     def close(self) -> None:
         """Close the engine."""
         self.engine.close()
 
     def _submit(self, item: Item) -> Stream:
+        namespace = f"run {self._num_runs}" if self.engine.config.tiers else None
         try:
-            return self.engine.submit(item.prompt, max_new_tokens=item.new_tokens)
+            return self.engine.submit(
+                item.prompt, max_new_tokens=item.new_tokens, namespace=namespace
+            )
         except ValueError as error:  # the request is too long for the pool
             raise BadInput(str(error)) from error
 

@@ -22,6 +22,7 @@ from kvpager.bench.throughput.by_vllm import Vllm
 from kvpager.bench.throughput.results import Figures, Run, compare
 from kvpager.bench.throughput.systems import Options, Progress, System, check_names
 from kvpager.bench.throughput.workload import Workload
+from kvpager.storage.tiers.urls import bare_url
 
 # Callback: system, repeat (0: warm-up) and number of requests -> progress callback.
 Stage = Callable[[str, int, int], Progress]
@@ -136,7 +137,7 @@ def describe(model: Any, workload: Workload, options: Options, **more: Any) -> d
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
         },
-        "options": vars(options) | more,
+        "options": vars(options) | {"tiers": [*map(bare_url, options.tiers or ())]} | more,
         "machine": {
             "platform": platform.platform(),
             "processor": _processor(),

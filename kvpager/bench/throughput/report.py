@@ -75,6 +75,7 @@ _ROWS: dict[str, tuple[str, str, float]] = {  # row: key of the record, format, 
     "preempted by swap": ("preempted_by_swap", "{:,}", 1),
     "preempted by recompute": ("preempted_by_recompute", "{:,}", 1),
     "prefix cache hits": ("prefix_hit_tokens", "{:,}", 1),
+    "of these from tiers": ("tier_hit_tokens", "{:,}", 1),
 }
 
 

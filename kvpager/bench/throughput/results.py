@@ -63,6 +63,7 @@ class Run:
     swapped: int | None = None  # preemptions by swap
     recomputed: int | None = None  # preemptions by recompute
     hit_tokens: int | None = None  # of prompts, found in the prefix cache
+    tier_tokens: int | None = None  # of those, loaded from tiers
     moments: list[Moment] = field(default_factory=list)
 
     @property
@@ -123,6 +124,7 @@ class Figures:
             "preempted_by_swap": last.swapped,
             "preempted_by_recompute": last.recomputed,
             "prefix_hit_tokens": last.hit_tokens,
+            "tier_hit_tokens": last.tier_tokens,
             "note": self.note,
         }
 

@@ -13,6 +13,7 @@ from kvpager.bench.options import option
 if TYPE_CHECKING:
     from kvpager.bench.throughput.results import Run
     from kvpager.bench.throughput.workload import Workload
+    from kvpager.engine.config import EngineConfig
 
 Progress = Callable[[int], object]  # called with the number of newly finished requests
 
@@ -38,7 +39,7 @@ class System(Protocol):
         """Release all memory and processes. Idempotent."""
 
 
-_HARDWARE, _MEMORY = "Model and hardware", "Memory and batching"
+_HARDWARE, _MEMORY, _TIERS = "Model and hardware", "Memory and batching", "Tiers of kvpager"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,38 @@ class Options:
         _MEMORY, "Maximum tokens per step of kvpager and generate_batch.", "TOKENS", 1024
     )
     prefix_cache: bool = option(_MEMORY, "Reuse the KV of shared prefixes.", default=True)
-    engine: dict[str, Any] = field(default_factory=dict)  # further arguments of `Engine`
+    tiers: list[str] | None = option(
+        _TIERS,
+        "Store for prompts that leave the device, such as host:4GiB; repeatable, the fastest "
+        "first. Each run has a namespace of its own.",
+        "URL",
+        shown="none",
+    )
+    secret_file: str | None = option(
+        _TIERS, "Encrypt what stores get with the secret in this file.", "FILE", shown="a digest"
+    )
+    engine: dict[str, Any] = field(default_factory=dict)  # further settings of kvpager's engine
+
+    def engine_config(self) -> EngineConfig:
+        """Return the settings of kvpager's engine. O(1).
+
+        Raises: `ValueError`, `TypeError` for settings that do not fit; `OSError` for a secret that
+        cannot be read; `ModuleNotFoundError` for a missing extra.
+        """
+        from kvpager.engine.config import EngineConfig
+        from kvpager.storage.tiers.seals import Encrypted
+
+        seal = None
+        if self.secret_file is not None:
+            if not self.tiers:
+                raise ValueError(f"secret_file={self.secret_file}: of use with tiers only.")
+            seal = Encrypted(Path(self.secret_file).read_bytes())
+        names = "memory", "host_memory", "block_size", "max_num_seqs", "max_batch_tokens"
+        own = {name: getattr(self, name) for name in (*names, "prefix_cache")}
+        return EngineConfig(**own | {"tiers": self.tiers or (), "seal": seal} | self.engine)
 
     def check(self) -> None:
-        """Check every option. Raises `ValueError`, `TypeError`."""
+        """Check every option. Raises: as `engine_config`."""
         from kvpager import _validate as arguments
 
         arguments.parse_memory(self.memory)
@@ -86,6 +115,7 @@ class Options:
                 arguments.count(name, value, at_least=1)
         if self.vllm_python is not None:
             interpreter(self.vllm_python)
+        self.engine_config()
 
 
 def interpreter(path: str) -> str:
@@ -120,6 +150,8 @@ def check_names(names: Sequence[str], options: Options) -> list[str]:
             raise ValueError(
                 f"systems={name}: vLLM is not installed. Set vllm_python to its interpreter."
             )
+    if options.tiers and {"kvpager", "kvpager-compiled"} <= {*names}:
+        raise ValueError("tiers: kvpager and kvpager-compiled cannot share them. Measure one.")
     if not names:
         raise ValueError(f"systems: none given. Choose from {', '.join(SYSTEMS)}.")
     return list(dict.fromkeys(names))

@@ -256,6 +256,10 @@ def _options(url: str, query: str, kinds: dict[str, Callable[[str], Any]]) -> di
     return options
 
 
+def bare_url(url: str) -> str:
+    """Return a URL without the parts that may hold a password. O(length)."""
+    return re.sub(r"//.*@", "//...@", url.partition("?")[0])
+
+
 def _shown(url: str) -> str:
-    """Return a URL for a message, without the parts that may hold a password."""
-    return repr(re.sub(r"//.*@", "//...@", url.partition("?")[0]))
+    return repr(bare_url(url))
