@@ -10,10 +10,9 @@ import pytest
 
 from kvpager.errors import EngineClosed, RequestCancelled, RequestExpired
 from kvpager.storage.tiers.protocol import Saved
-from tests.engine.test_fetching import PROMPT, Watch, store
 from tests.support.dict_store import DictStore
 from tests.support.toy_runner import expected
-from tests.support.toy_tiers import TieredEngine
+from tests.support.toy_tiers import PROMPT, TieredEngine, Watch, store
 
 NUM_FULL = 9  # of the blocks of the prompt: the last one lacks its last token in the cache
 
