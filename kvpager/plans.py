@@ -30,7 +30,7 @@ NO_COPIES.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class CopyPlan:
     """Blocks to move between tiers, or on the device.
 
     `copies` is int32 [n, 2]: a block of tier `source`, and the block of tier `destination` that
@@ -48,13 +48,13 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class AppendPlan:
     """The slots of the tokens of one `append`.
 
     `slots` is int64 [tokens], `block * block_size + offset`, sequence by sequence in the order
     given; of a `GroupedManager`, [groups, tokens]. `copies` is int32 [n, 2]: device blocks to
     copy before any write, because another sequence still reads the source (copy-on-write).
-    `ticket`: as in `Plan`.
+    `ticket`: as in `CopyPlan`.
     """
 
     slots: Int64
@@ -178,7 +178,7 @@ class StepPlan:
             The leader's `Tiering` has done its own part. See `TierFollower`.
     """
 
-    swaps: list[Plan]
+    swaps: list[CopyPlan]
     copies: Int32
     request_ids: list[Hashable]
     seq_ids: Int32

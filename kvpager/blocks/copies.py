@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.state import BlockState
-from kvpager.plans import Plan, Step
+from kvpager.plans import AppendPlan, CopyPlan
 
 
 class Copies:
@@ -21,7 +21,7 @@ class Copies:
         """True if the blocks of a plan are fenced until `complete(plan)`. O(1)."""
         return self._state.fences.is_on
 
-    def complete(self, work: Plan | Step | SequenceHandle | int) -> None:
+    def complete(self, work: CopyPlan | AppendPlan | SequenceHandle | int) -> None:
         """Unfence the blocks of a finished plan, step or new sequence, or of its ticket. O(copies).
 
         Without `fences=True`, or without copies, there is nothing to do.

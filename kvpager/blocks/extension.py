@@ -9,7 +9,7 @@ from kvpager import _validate as arguments
 from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.truncation import Truncation
-from kvpager.plans import NO_BLOCKS, NO_COPIES, Int32, Int64, Step
+from kvpager.plans import NO_BLOCKS, NO_COPIES, AppendPlan, Int32, Int64
 
 
 class Extension:
@@ -24,7 +24,7 @@ class Extension:
 
     def append(
         self, rows: Int64, num_new: int | Int64, ids: Int32 | None, speculative: bool
-    ) -> Step:
+    ) -> AppendPlan:
         """Make room for `num_new` more tokens of each row. O(tokens). Raises: `OutOfBlocks`."""
         if ids is None and not speculative and isinstance(num_new, int) and num_new == 1:
             step = self._append_within_blocks(rows)
@@ -49,7 +49,7 @@ class Extension:
             state.reserve_more(rows[growing], (ends[growing] + mask) >> shift)
 
         copies = np.empty((len(leaving), 2), np.int32) if len(leaving) else NO_COPIES
-        step = Step(np.empty(total, np.int64), copies, state.fences.ticket(copies))
+        step = AppendPlan(np.empty(total, np.int64), copies, state.fences.ticket(copies))
         fresh = NO_BLOCKS
         if num_taken:
             taken = state.take(num_taken, owners)
@@ -71,7 +71,7 @@ class Extension:
         self._note(rows, starts, ends, ids, speculative, step)
         return step
 
-    def _append_within_blocks(self, rows: Int64) -> Step | None:
+    def _append_within_blocks(self, rows: Int64) -> AppendPlan | None:
         """Append one unknown token to each row, or return None if a block table changes. O(rows).
 
         Most decoding steps of a small batch take this path.
@@ -91,7 +91,7 @@ class Extension:
         slots = index * state.block_size + offsets
         state.change.begin()
         table.lengths[rows] = ends
-        return Step(slots, NO_COPIES, 0)
+        return AppendPlan(slots, NO_COPIES, 0)
 
     def _note(
         self,
@@ -100,7 +100,7 @@ class Extension:
         ends: Int64,
         ids: Int32 | None,
         speculative: bool,
-        step: Step,
+        step: AppendPlan,
     ) -> None:
         """Update the columns of rows whose new tokens have slots."""
         state, table = self._state, self._state.rows
@@ -132,7 +132,9 @@ class Extension:
         leaves[last[keeps]] = False
         return writers[leaves], tails
 
-    def _leave(self, rows: Int64, columns: Int64, tails: Int32, taken: Int32, step: Step) -> None:
+    def _leave(
+        self, rows: Int64, columns: Int64, tails: Int32, taken: Int32, step: AppendPlan
+    ) -> None:
         """Give each row its own copy of the shared block it is about to write."""
         state, tables = self._state, self._state.rows.tables
         step.copies[:, 0], step.copies[:, 1] = tails, taken[: len(tails)]

@@ -40,7 +40,7 @@ from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import Stats
 from kvpager.blocks.swap import Swap
 from kvpager.blocks.truncation import Truncation
-from kvpager.plans import Int32, Int64, Plan, Step, Tier
+from kvpager.plans import AppendPlan, CopyPlan, Int32, Int64, Tier
 
 
 class BlockManager:
@@ -220,7 +220,7 @@ class BlockManager:
         *,
         counts: ArrayLike | None = None,
         speculative: bool = False,
-    ) -> Step:
+    ) -> AppendPlan:
         """Make room for further tokens of one sequence or of a whole batch. O(tokens).
 
         Args:
@@ -318,7 +318,7 @@ class BlockManager:
 
     def swap(
         self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
-    ) -> Plan:
+    ) -> CopyPlan:
         """Move sequences to the `"host"` tier or back to the `"device"`.
 
         A block stays on the device while a resident sequence holds it. Swapped forks share blocks
@@ -426,7 +426,7 @@ class BlockManager:
         """
         self._resize.grow(num_blocks)
 
-    def shrink(self, num_blocks: int) -> Plan:
+    def shrink(self, num_blocks: int) -> CopyPlan:
         """Lower the device pool to `num_blocks`. O(num_blocks).
 
         Held blocks with an id of at least `num_blocks` move to free blocks below it. Cached blocks

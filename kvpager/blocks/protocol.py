@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from kvpager.blocks.sequences import Batch, SequenceHandle, Target
 from kvpager.blocks.stats import Stats
-from kvpager.plans import Int32, Int64, Plan, Step, Tier
+from kvpager.plans import AppendPlan, CopyPlan, Int32, Int64, Tier
 
 
 class Ceilings(Protocol):
@@ -117,7 +117,7 @@ class CacheManager(Protocol):
         *,
         counts: ArrayLike | None = None,
         speculative: bool = False,
-    ) -> Step:
+    ) -> AppendPlan:
         """Make room for further tokens."""
 
     def commit(self, sequences: Target, length: int | None = None) -> None:
@@ -136,7 +136,7 @@ class CacheManager(Protocol):
 
     def swap(
         self, sequences: Target, to: Tier, *, at_most: int | None = None, reserve: int = 0
-    ) -> Plan:
+    ) -> CopyPlan:
         """Move blocks between the tiers."""
 
     def clear_prefix_cache(self) -> int:

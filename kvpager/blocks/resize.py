@@ -7,7 +7,7 @@ import numpy as np
 from kvpager import _validate as arguments
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks
-from kvpager.plans import NO_COPIES, Plan
+from kvpager.plans import NO_COPIES, CopyPlan
 
 
 class Resize:
@@ -33,7 +33,7 @@ class Resize:
             state.change.begin()
             state.resize(num_blocks, NO_COPIES)
 
-    def shrink(self, num_blocks: int) -> Plan:
+    def shrink(self, num_blocks: int) -> CopyPlan:
         """See `BlockManager.shrink`. O(num_blocks)."""
         state = self._state
         with state.lock, state.change:
@@ -45,7 +45,7 @@ class Resize:
             excess = self._excess(num_blocks)
             num_beyond = int(np.count_nonzero(pool.in_use()[num_blocks:]))
             copies = np.empty((num_beyond, 2), np.int32)
-            plan = Plan(copies, "device", "device", state.fences.ticket(copies))
+            plan = CopyPlan(copies, "device", "device", state.fences.ticket(copies))
             state.change.begin()
             state.evict(excess, {} if state.accounts.limits else None)
             in_use = pool.in_use()

@@ -39,7 +39,7 @@ class SequenceHandle:
 
     `num_cached_tokens`: how many leading tokens have their KV in the pool already.
     `copies`: int32 [n, 2], (source, destination) blocks to copy before any write, if the prompt
-    matched part of a block; usually empty. `ticket`: as in `Plan`.
+    matched part of a block; usually empty. `ticket`: as in `CopyPlan`.
     """
 
     __slots__ = ("_generation", "_owner", "_row", "copies", "num_cached_tokens", "ticket")

@@ -13,7 +13,7 @@ from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import NO_BLOCK, SequenceTable
 from kvpager.blocks.state import BlockState
 from kvpager.errors import OutOfBlocks, SequenceSwapped
-from kvpager.plans import Int32, Int64, Plan
+from kvpager.plans import CopyPlan, Int32, Int64
 
 
 class Swap:
@@ -25,7 +25,7 @@ class Swap:
     def __init__(self, state: BlockState) -> None:
         self._state = state
 
-    def out(self, sequences: Int64, at_most: int | None) -> Plan:
+    def out(self, sequences: Int64, at_most: int | None) -> CopyPlan:
         """Move the blocks that only these and swapped sequences hold to the host. O(blocks)."""
         state, table, host = self._state, self._state.rows, self._state.host
         for first in sequences[table.swapped[sequences]].tolist():
@@ -41,7 +41,7 @@ class Swap:
                 need, host.num_free, 0, host.num_blocks, "host", "raise num_host_blocks"
             )
         copies = np.empty((need, 2), np.int32)
-        plan = Plan(copies, "device", "host", state.fences.ticket(copies))
+        plan = CopyPlan(copies, "device", "host", state.fences.ticket(copies))
         copies[:, 0], copies[:, 1] = blocks, state.take_free(host, need)
         host.receive(copies[:, 1], state.pool.ids[blocks], holders)
         table.swapped[rows] = True
@@ -55,7 +55,7 @@ class Swap:
         state.totals["total_swapped_out"] += need
         return plan
 
-    def back(self, sequences: Int64, at_most: int | None, reserve: int) -> Plan:
+    def back(self, sequences: Int64, at_most: int | None, reserve: int) -> CopyPlan:
         """Move the host blocks of sequences to the device; leave `reserve` available. O(blocks)."""
         state, table = self._state, self._state.rows
         sequences = sequences[table.swapped[sequences]]
@@ -65,7 +65,7 @@ class Swap:
         owners = _owners(table, rows, blocks, state.accounts) if state.accounts.limits else None
         state.refuse(need + reserve, owners)
         copies = np.empty((need, 2), np.int32)
-        plan = Plan(copies, "host", "device", state.fences.ticket(copies))
+        plan = CopyPlan(copies, "host", "device", state.fences.ticket(copies))
         copies[:, 0], copies[:, 1] = blocks, state.take(need, owners)
         state.pool.receive(copies[:, 1], state.host.ids[blocks], holders)
         table.replace(table.swapped.nonzero()[0], -2 - blocks, copies[:, 1])

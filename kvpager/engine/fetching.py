@@ -65,7 +65,7 @@ class Fetching:
         self._wake = wake
         if guard is not None:
             guard.look()  # each later change is noticed
-        self._generation = scheduler.generation
+        self._cache_version = scheduler.cache_version
         self._is_on = True
         self._held: list[_Held] = []
         self._tokens_by_store: dict[Hashable, dict[str, int]] = {}
@@ -219,7 +219,7 @@ class Fetching:
 
     def _check_on(self) -> bool:
         """Turn off if cached prefixes were dropped; return False if nothing is fetched now."""
-        if self._is_on and self._scheduler.generation != self._generation:
+        if self._is_on and self._scheduler.cache_version != self._cache_version:
             logger.warning("tiers are not used any more, because the prefix cache was cleared")
             self._turn_off()
         return self._is_on

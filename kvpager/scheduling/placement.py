@@ -17,7 +17,7 @@ import numpy as np
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.plans import Int32, Plan, Reason
+from kvpager.plans import CopyPlan, Int32, Reason
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import RequestState, Status
 from kvpager.scheduling.request_table import RequestTable
@@ -143,7 +143,7 @@ class Placement:
         handles = self.manager.fork(self._sequences.handle(parent), times)
         return self.table.fork(parent, handles)
 
-    def swap_in(self, state: RequestState, reserve: int) -> Plan:
+    def swap_in(self, state: RequestState, reserve: int) -> CopyPlan:
         """Swap a request in; leave `reserve` blocks. O(blocks). Raises `OutOfBlocks`."""
         plan = self.manager.swap(self.handles(state), "device", reserve=reserve)
         self.table.enter(state)

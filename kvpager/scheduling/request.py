@@ -63,7 +63,7 @@ class RequestState:
     prompt: Int32
     arrival: int
     submitted: float
-    generation: int = 0  # of the cached prefixes that it may share
+    cache_version: int = 0  # of the cached prefixes that it may share
     status: Status = Status.WAITING
     seq_ids: list[int] = field(default_factory=list)  # its sequences in `SequenceState`
     is_held: bool = False  # it may not start yet
@@ -80,10 +80,10 @@ class RequestState:
     @property
     def identity(self) -> tuple[str | None, str | None]:
         """Return the namespace and the LoRA whose prefixes the request may share."""
-        # A caller's NULs are doubled: no name of a LoRA ends like one with a generation.
+        # A caller's NULs are doubled: no name of a LoRA ends like one with a version.
         lora = self.request.lora and self.request.lora.replace("\0", "\0\0")
-        if self.generation:
-            lora = f"{lora or ''}\0{self.generation}"
+        if self.cache_version:
+            lora = f"{lora or ''}\0{self.cache_version}"
         return self.request.namespace, lora
 
 

@@ -24,7 +24,7 @@ class RequestTable:
         self.preempted: list[RequestState] = []  # swapped or dropped; they will resume
         self.num_seqs_reserved = 0  # the sum of `n` over the running requests
         self.max_num_seqs = max_num_seqs
-        self.generation = 0  # of the cached prefixes that new requests may share
+        self.cache_version = 0  # of the cached prefixes that new requests may share
         self.version = 0  # changes whenever the set of decoding sequences may have changed
         self._deadlines: list[tuple[float, int, RequestState]] = []  # a heap; may hold ended ones
         self._ended: dict[Hashable, Reason] = {}  # not reported yet
@@ -53,7 +53,7 @@ class RequestTable:
 
     def add(self, request: Request, prompt: Int32, now: float) -> None:
         """Add a waiting request. O(waiting) memory moved."""
-        state = RequestState(request, prompt, self._num_submitted, now, self.generation)
+        state = RequestState(request, prompt, self._num_submitted, now, self.cache_version)
         self._num_submitted += 1
         self.live[request.request_id] = state
         self.policy.enter(state)
@@ -104,7 +104,7 @@ class RequestTable:
 
         A waiting or dropped request holds nothing computed, so it may share current prefixes.
         """
-        state.generation = self.generation
+        state.cache_version = self.cache_version
         if state.status is Status.WAITING:
             state.seq_ids.append(self.sequences.add(state))
 
@@ -147,12 +147,12 @@ class RequestTable:
         state.is_ready = bool((sequences.computed[mine] == sequences.lengths[mine]).all())
         self.version += 1
 
-    def new_generation(self) -> None:
+    def new_cache_version(self) -> None:
         """Make waiting and new requests ignore every prefix cached so far. O(requests)."""
-        self.generation += 1
+        self.cache_version += 1
         for state in self.live.values():
             if state.status is Status.WAITING:
-                state.generation = self.generation
+                state.cache_version = self.cache_version
 
     # ---------------------------------------------------------------- sequences of a request
 

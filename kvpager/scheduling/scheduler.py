@@ -147,9 +147,9 @@ class Scheduler:
             self._table.add(request, prompt, now)
 
     @property
-    def generation(self) -> int:
+    def cache_version(self) -> int:
         """The number of times that the prefix cache was cleared. O(1)."""
-        return self._table.generation
+        return self._table.cache_version
 
     def identity(self, request_id: Hashable) -> tuple[str | None, str | None]:
         """Return the namespace and LoRA under which a live request's prefix is cached. O(1).
@@ -222,7 +222,7 @@ class Scheduler:
         """
         with self._lock, self._change:
             self._change.begin()
-            self._table.new_generation()
+            self._table.new_cache_version()
             self.manager.clear_prefix_cache()
 
     # ---------------------------------------------------------------- steps

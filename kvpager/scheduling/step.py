@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Batch
 from kvpager.errors import OutOfBlocks, OutOfQuota
-from kvpager.plans import NO_COPIES, GroupStep, Int32, Int64, Plan, Step, StepPlan, Transfer
+from kvpager.plans import (
+    NO_COPIES,
+    AppendPlan,
+    CopyPlan,
+    GroupStep,
+    Int32,
+    Int64,
+    StepPlan,
+    Transfer,
+)
 from kvpager.scheduling.request import RequestState
 from kvpager.scheduling.request_table import RequestTable
 
@@ -46,7 +55,7 @@ class StepBuilder:
 
     def __init__(self, max_tokens: int, min_chunk: int | None) -> None:
         self.budget = max_tokens  # tokens that the step still has room for
-        self.swaps: list[Plan] = []
+        self.swaps: list[CopyPlan] = []
         self.copies: list[Int32] = []
         self.parts: list[Part] = []
         self.decode_batch: DecodeBatch | None = None  # the first part, if it decodes
@@ -70,7 +79,7 @@ class StepBuilder:
         is_alone = self.budget == self._max_tokens
         return remaining if remaining <= self.budget or is_alone else 0
 
-    def decode(self, seq_ids: Int32, token_ids: Int32, step: Step) -> None:
+    def decode(self, seq_ids: Int32, token_ids: Int32, step: AppendPlan) -> None:
         """Add rows of one token each. O(rows)."""
         ones = np.ones(len(seq_ids), np.int32)
         self.parts.append(Part(seq_ids, ones, token_ids, step.slots, ones.astype(np.bool_)))

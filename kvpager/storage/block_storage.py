@@ -32,7 +32,7 @@ from kvpager import _validate as arguments
 from kvpager._text import counted, listed
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
 from kvpager.ops import LayerCaches, copy_blocks
-from kvpager.plans import Int32, Plan, Tier
+from kvpager.plans import CopyPlan, Int32, Tier
 from kvpager.storage import streams
 from kvpager.storage.layout import KVCacheDtype, Part, block_layout
 from kvpager.storage.memory import allocate
@@ -209,8 +209,8 @@ class BlockStorage:
     def copy(self, copies: Int32) -> None:
         """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
 
-        Pass `Step.copies` before writing the step's tokens. All reads happen before all writes.
-        Pairs with a negative entry are skipped. Raises: `ValueError` for an unknown block.
+        Pass `AppendPlan.copies` before writing the step's tokens. All reads happen before all
+        writes. Pairs with a negative entry are skipped. Raises: `ValueError` for an unknown block.
         """
         if len(copies) == 0:
             return
@@ -220,7 +220,7 @@ class BlockStorage:
         # torch.tensor copies: torch cannot share the read-only arrays of a plan.
         copy_blocks(self._device_tier, torch.tensor(copies, device=self.device))
 
-    def apply(self, plan: Plan) -> None:
+    def apply(self, plan: CopyPlan) -> None:
         """Carry out a plan: copy blocks between device and host. O(n * block_bytes).
 
         A copy within a tier reads all blocks before it writes. On a GPU the copies run in order on
@@ -228,9 +228,9 @@ class BlockStorage:
         still run afterwards: the next write to that tier through this storage waits for it.
         Raises: `ValueError` for an unknown block.
         """
-        if not isinstance(plan, Plan):
+        if not isinstance(plan, CopyPlan):
             fix = "For a step, call copy(step.copies)."
-            raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}. {fix}")
+            raise TypeError(f"plan: expected a CopyPlan, got {type(plan).__name__}. {fix}")
         source, destination = self.tier(plan.source), self.tier(plan.destination)
         if len(plan) == 0:
             return

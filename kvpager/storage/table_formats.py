@@ -12,7 +12,7 @@ import numpy as np
 from kvpager import _validate as arguments
 from kvpager.blocks.protocol import CacheManager
 from kvpager.blocks.sequences import Target
-from kvpager.plans import Int32, Int64, Step
+from kvpager.plans import AppendPlan, Int32, Int64
 
 
 class RaggedTables(NamedTuple):
@@ -55,7 +55,7 @@ def flashinfer(manager: CacheManager, sequences: Target) -> RaggedTables:
 def flash_attention(
     manager: CacheManager,
     sequences: Target,
-    step: Step | None = None,
+    step: AppendPlan | None = None,
     *,
     num_rows: int | None = None,
     width: int | None = None,

@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvpager.plans import Plan
+from kvpager.plans import CopyPlan
 
 UNWRITTEN = -9
 _MULTIPLIER = 6364136223846793005  # Knuth's, for a 64-bit linear congruential step
@@ -93,7 +93,7 @@ class TokenMemory:
             moves = np.asarray(pairs)
             self.tiers[destination][moves[:, 1]] = self.tiers[source][moves[:, 0]]
 
-    def apply(self, plan: Plan) -> None:
+    def apply(self, plan: CopyPlan) -> None:
         """Apply a plan between tiers. O(pairs * block_size)."""
         self.copy(plan.copies, plan.source, plan.destination)
 

@@ -360,9 +360,9 @@ def test_lora_names_stay_distinct_after_the_model_changed() -> None:
     scheduler = Scheduler(BlockManager(64, 4))
     names = []
     for lora in ("x", "x\0001", "x\0", "x\0\0001", "\0001", None):
-        for generation in (0, 1):
+        for version in (0, 1):
             live = Request(request_id=len(names), prompt=PROMPT, max_new_tokens=1, lora=lora)
-            scheduler._table.generation = generation
+            scheduler._table.cache_version = version
             scheduler.submit(live)
             names.append(scheduler._table.live[len(names)].identity)
     assert len(set(names)) == len(names)

@@ -10,7 +10,7 @@ import pytest
 
 from kvpager.blocks.pool import BlockPool
 from kvpager.blocks.sequences import SequenceHandle
-from kvpager.plans import Plan, Step
+from kvpager.plans import AppendPlan, CopyPlan
 from tests.support.block_scenarios import SCENARIOS
 from tests.support.manager_state import differences, state_of
 
@@ -37,15 +37,15 @@ def inject(patch: pytest.MonkeyPatch, target: str, fault: Fault) -> None:
     if target == "take":
         for name in ("take", "take_one"):
             patch.setattr(BlockPool, name, fault.around(getattr(BlockPool, name)))
-    elif target == "Plan":
+    elif target == "CopyPlan":
         for module in ("blocks.swap", "blocks.resize"):
-            patch.setattr(f"kvpager.{module}.Plan", fault.around(Plan))
+            patch.setattr(f"kvpager.{module}.CopyPlan", fault.around(CopyPlan))
     else:  # the library asks for instances of these, too
-        kind = {"Step": Step, "SequenceHandle": SequenceHandle}[target]
+        kind = {"AppendPlan": AppendPlan, "SequenceHandle": SequenceHandle}[target]
         patch.setattr(kind, "__init__", fault.around(kind.__init__))
 
 
-@pytest.mark.parametrize("target", ["take", "Plan", "Step", "SequenceHandle"])
+@pytest.mark.parametrize("target", ["take", "CopyPlan", "AppendPlan", "SequenceHandle"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_memory_that_runs_out_changes_nothing(scenario, target, monkeypatch) -> None:
     for number in range(1, 50):

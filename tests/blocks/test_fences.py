@@ -10,7 +10,7 @@ import pytest
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.blocks.stats import BlockStatus
-from kvpager.plans import Plan, Step
+from kvpager.plans import AppendPlan, CopyPlan
 from tests.support.prefixes import A, B, cache, committed
 
 
@@ -150,7 +150,7 @@ def test_a_ticket_that_was_never_given_is_refused() -> None:
     manager = fenced()
     plan = manager.swap(manager.allocate(8), "host")
     with pytest.raises(ValueError, match="another manager"):
-        manager.copies.complete(Plan(plan.copies, "device", "host", plan.ticket + 1))
+        manager.copies.complete(CopyPlan(plan.copies, "device", "host", plan.ticket + 1))
     manager.check()
     manager.copies.complete(plan)
 
@@ -206,11 +206,11 @@ def test_a_late_swap_reads_the_bytes_it_was_planned_for(seed: int) -> None:
     manager = BlockManager(12, 4, 8, fences=True)
     writes = np.zeros(12, int)  # the number of writes into each block
     live, swapped = list[SequenceHandle](), set[SequenceHandle]()
-    pending = list[tuple[Plan | Step | SequenceHandle, list[int]]]()
+    pending = list[tuple[CopyPlan | AppendPlan | SequenceHandle, list[int]]]()
 
-    def begin(work: Plan | Step | SequenceHandle) -> None:
+    def begin(work: CopyPlan | AppendPlan | SequenceHandle) -> None:
         if work.ticket:
-            out = isinstance(work, Plan) and work.destination == "host"
+            out = isinstance(work, CopyPlan) and work.destination == "host"
             pending.append((work, writes[work.copies[:, 0]].tolist() if out else []))
 
     def complete(number: int) -> None:

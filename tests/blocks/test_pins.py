@@ -8,7 +8,7 @@ from kvpager import BlockManager
 from kvpager.blocks.policies import Priority
 from kvpager.blocks.stats import BlockStatus
 from kvpager.errors import SequenceSwapped, StaleSequence
-from kvpager.plans import Plan
+from kvpager.plans import CopyPlan
 from tests.support.clock import Clock
 from tests.support.manager_state import handles_of
 from tests.support.prefixes import A, B, C, D, E, cache, committed, press
@@ -93,7 +93,7 @@ def test_a_copys_ticket_is_no_pin() -> None:
         manager.pins.unpin(plan.ticket)
     ticket = manager.pins.pin(committed(manager, A))
     with pytest.raises(ValueError, match="completed already"):
-        manager.copies.complete(Plan(plan.copies, "device", "host", ticket))
+        manager.copies.complete(CopyPlan(plan.copies, "device", "host", ticket))
     manager.check()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvpager.blocks.manager import BlockManager
-from kvpager.plans import NO_COPIES, Plan, Tier
+from kvpager.plans import NO_COPIES, CopyPlan, Tier
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from tests.support.storages import EQUAL, UNEQUAL, move, numbered, pairs
 
@@ -74,7 +74,7 @@ def test_copying_nothing_changes_nothing() -> None:
     storage = numbered()
     before = storage.tier().clone()
     storage.copy(NO_COPIES)
-    storage.apply(Plan(NO_COPIES, "device", "host"))
+    storage.apply(CopyPlan(NO_COPIES, "device", "host"))
     assert torch.equal(storage.tier(), before)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvpager.plans import Plan
+from kvpager.plans import CopyPlan
 from kvpager.storage import memory, streams
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from tests.support.fake_devices import fake_devices, late_copies
@@ -131,8 +131,8 @@ def test_a_stream_that_records_a_graph_waits_for_no_other(two_streams: Streams) 
     "touch",
     [
         lambda storage: storage.tier("host").fill_(0),
-        lambda storage: storage.apply(Plan(pairs((5, 0)), "host", "host")),
-        lambda storage: storage.apply(Plan(pairs((0, 0)), "device", "host")),
+        lambda storage: storage.apply(CopyPlan(pairs((5, 0)), "host", "host")),
+        lambda storage: storage.apply(CopyPlan(pairs((0, 0)), "device", "host")),
         lambda storage: storage.keep_layers(1),
     ],
     ids=["by hand", "copy within", "swap out", "layers dropped"],
@@ -146,7 +146,7 @@ def test_host_memory_is_not_written_during_a_copy_from_it(
             6, 4, layers, dtype=torch.float32, device=fake_device(0), num_host_blocks=6
         )
         storage.tier("host").copy_(torch.arange(6.0 * 128).view(6, 128))
-        storage.apply(Plan(pairs((0, 1), (2, 3)), "host", "device"))
+        storage.apply(CopyPlan(pairs((0, 1), (2, 3)), "host", "device"))
         assert stream.num_made < len(stream.copies)
         touch(storage)
         found = storage.tier().cpu()
@@ -235,6 +235,6 @@ def test_gpu_blocks_copied_from_host_memory_keep_their_content() -> None:
     storage = numbered("cuda", num_host_blocks=6)
     expected = storage.tier("host")[:3].clone()
     torch.cuda._sleep(200_000_000)  # type: ignore[no-untyped-call]
-    storage.apply(Plan(pairs((0, 0), (1, 1), (2, 2)), "host", "device"))
+    storage.apply(CopyPlan(pairs((0, 0), (1, 1), (2, 2)), "host", "device"))
     storage.tier("host").fill_(0)
     assert torch.equal(storage.tier()[:3].cpu(), expected)

@@ -11,7 +11,7 @@ import numpy as np
 from kvpager import BlockManager, KVPagerError
 from kvpager.blocks.policies import POLICIES, Priority
 from kvpager.blocks.sequences import SequenceHandle
-from kvpager.plans import Plan
+from kvpager.plans import CopyPlan
 from tests.support.clock import Clock
 from tests.support.manager_state import handles_of
 
@@ -25,7 +25,7 @@ class History:
     def __init__(self, manager: BlockManager, clock: Clock) -> None:
         self.manager = manager
         self.clock = clock
-        self.work: list[Plan] = []
+        self.work: list[CopyPlan] = []
         self.pins: list[int] = []
 
     def live(self, *, swapped: bool | None = None) -> list[SequenceHandle]:
@@ -35,7 +35,7 @@ class History:
 
     def begun(self, copies: np.ndarray, ticket: int) -> list[list[int]]:
         if ticket:
-            self.work.append(Plan(copies, "device", "device", ticket))
+            self.work.append(CopyPlan(copies, "device", "device", ticket))
         return copies.tolist()
 
     def step(self, chance: random.Random) -> object:

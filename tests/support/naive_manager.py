@@ -14,7 +14,7 @@ import numpy as np
 
 from kvpager._text import counted
 from kvpager.errors import BrokenInvariant, OutOfBlocks, SequenceSwapped, StaleSequence
-from kvpager.plans import Int32, Int64, Plan, Step, Tier
+from kvpager.plans import AppendPlan, CopyPlan, Int32, Int64, Tier
 
 Pair = tuple[int, int]
 Prefix = tuple[str | None, tuple[int, ...]]
@@ -105,7 +105,7 @@ class NaiveManager:
         tokens: int | list[int] | list[list[int]] = 1,
         *,
         counts: list[int] | None = None,
-    ) -> Step:
+    ) -> AppendPlan:
         """Make room for further tokens; see `BlockManager.append`."""
         rows = self.named(sequences)
         self.refuse_swapped(rows)
@@ -120,7 +120,7 @@ class NaiveManager:
             while len(sequence.blocks) < self.blocks_for(len(sequence)):
                 self.take(sequence)
             slots += self.slots(sequence, first).tolist()
-        return Step(np.array(slots, np.int64), pairs_array(copies))
+        return AppendPlan(np.array(slots, np.int64), pairs_array(copies))
 
     def fork(
         self, sequence: NaiveSequence, count: int | None = None
@@ -143,13 +143,13 @@ class NaiveManager:
         for sequence in self.named(sequences):
             self.live = [other for other in self.live if other is not sequence]
 
-    def swap(self, sequences: Named, to: Tier) -> Plan:
+    def swap(self, sequences: Named, to: Tier) -> CopyPlan:
         """Move unshared blocks between tiers; see `BlockManager.swap`."""
         if to not in ("device", "host"):
             raise ValueError(f'to={to!r}: expected "device" or "host"')
         rows = [row for row in self.named(sequences) if row.is_swapped == (to == "device")]
         copies = self.swap_out(rows) if to == "host" else self.swap_in(rows)
-        return Plan(pairs_array(copies), "host" if to == "device" else "device", to)
+        return CopyPlan(pairs_array(copies), "host" if to == "device" else "device", to)
 
     # ---------------------------------------------------------------- commit, truncate, grow
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvpager import plans
-from kvpager.plans import Plan, StepPlan
+from kvpager.plans import CopyPlan, StepPlan
 
 _ARRAYS = (
     "copies", "seq_ids", "num_computed", "num_scheduled", "token_ids", "slot_mapping", "seq_lens",
@@ -53,7 +53,7 @@ def decode(data: bytes) -> StepPlan:
             offset += count * dtype.itemsize
 
     swaps, transfers, arrays = json.loads(head)
-    moved = [Plan(*values(swap)) for swap in swaps]
+    moved = [CopyPlan(*values(swap)) for swap in swaps]
     carried = tuple(getattr(plans, name)(*values(each)) for name, *each in transfers)
     fields = dict(zip(_ARRAYS, values(arrays), strict=True))
     num_rows = len(fields["seq_ids"])

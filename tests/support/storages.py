@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpager.plans import Plan, Tier
+from kvpager.plans import CopyPlan, Tier
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 
 EQUAL = [LayerShape(2, 8, 8)] * 3
@@ -27,5 +27,5 @@ def pairs(*copies: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.array(copies, np.int32).reshape(-1, 2)
 
 
-def move(source: Tier, destination: Tier, *copies: tuple[int, int]) -> Plan:
-    return Plan(pairs(*copies), source, destination)
+def move(source: Tier, destination: Tier, *copies: tuple[int, int]) -> CopyPlan:
+    return CopyPlan(pairs(*copies), source, destination)

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvpager import BlockManager
 from kvpager.blocks.sequences import SequenceHandle
-from kvpager.plans import Plan, Step
+from kvpager.plans import AppendPlan, CopyPlan
 
 BLOCK_SIZE = 4
 
@@ -25,7 +25,7 @@ class Memory:
     def copy(self, copies: np.ndarray, source: str = "device", target: str = "device") -> None:
         self.tiers[target][copies[:, 1]] = self.tiers[source][copies[:, 0]]
 
-    def apply(self, plan: Plan) -> Plan:
+    def apply(self, plan: CopyPlan) -> CopyPlan:
         self.copy(plan.copies, plan.source, plan.destination)
         return plan
 
@@ -37,7 +37,9 @@ class Memory:
         self.contents[sequence] = list(ids)
         return sequence
 
-    def write(self, sequences: list[SequenceHandle], step: Step, ids: list[list[int]]) -> None:
+    def write(
+        self, sequences: list[SequenceHandle], step: AppendPlan, ids: list[list[int]]
+    ) -> None:
         self.copy(step.copies)
         self.tiers["device"].reshape(-1)[step.slots] = np.concatenate(ids)
         for sequence, new in zip(sequences, ids, strict=True):
@@ -54,7 +56,7 @@ class Memory:
         self.contents[child] = list(self.contents[parent])
         return child
 
-    def swap(self, sequences, to, at_most: int | None = None) -> Plan:
+    def swap(self, sequences, to, at_most: int | None = None) -> CopyPlan:
         return self.apply(self.manager.swap(sequences, to, at_most=at_most))
 
     def free(self, sequence: SequenceHandle) -> None:

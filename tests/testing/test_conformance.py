@@ -12,7 +12,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from kvpager.blocks.manager import BlockManager
 from kvpager.errors import StaleSequence
-from kvpager.plans import Step
+from kvpager.plans import AppendPlan
 from kvpager.testing.conformance import (
     PROPERTIES,
     BlockManagerAdapter,
@@ -79,7 +79,7 @@ class WritesShared(NaiveManager):
 
 
 class PublishesEarly(NaiveManager):
-    def append(self, *args: Any, **kwargs: Any) -> Step:
+    def append(self, *args: Any, **kwargs: Any) -> AppendPlan:
         step = super().append(*args, **kwargs)
         [sequence] = self.named(args[0])
         sequence.num_committed = len(sequence)
@@ -102,7 +102,7 @@ class FreesTwice(NaiveManager):
 
 
 class ChangesWhenRefused(NaiveManager):
-    def append(self, *args: Any, **kwargs: Any) -> Step:
+    def append(self, *args: Any, **kwargs: Any) -> AppendPlan:
         try:
             return super().append(*args, **kwargs)
         except Exception:
@@ -134,9 +134,9 @@ class WrongError(NaiveManager):
 
 
 class OmitsCopies(NaiveManager):
-    def append(self, *args: Any, **kwargs: Any) -> Step:
+    def append(self, *args: Any, **kwargs: Any) -> AppendPlan:
         step = super().append(*args, **kwargs)
-        return Step(step.slots, step.copies[:0])
+        return AppendPlan(step.slots, step.copies[:0])
 
 
 class ForksIntoNewBlocks(NaiveManager):

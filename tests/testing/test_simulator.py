@@ -15,7 +15,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 import kvpager
 from kvpager.blocks.manager import BlockManager
-from kvpager.plans import Step
+from kvpager.plans import AppendPlan
 from kvpager.testing.histories import Failure, replay, shrink, simpler
 from kvpager.testing.manager_harness import ManagerHarness
 from kvpager.testing.memory import Content, TokenMemory
@@ -30,9 +30,9 @@ GENERATE = settings(phases=[Phase.generate], derandomize=True, max_examples=500)
 
 
 class OmitsCopies(BlockManager):
-    def append(self, *args: Any, **kwargs: Any) -> Step:
+    def append(self, *args: Any, **kwargs: Any) -> AppendPlan:
         step = super().append(*args, **kwargs)
-        return Step(step.slots, step.copies[:0])
+        return AppendPlan(step.slots, step.copies[:0])
 
 
 def without_copies(setup: Setup) -> BlockManager:

@@ -28,7 +28,7 @@ from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.out_of_memory import PoolQuotas, out_of_memory
 from kvpager.integrations.huggingface.cache.prompt import PrefixKey
 from kvpager.ops import append
-from kvpager.plans import Int32, Int64, Step
+from kvpager.plans import AppendPlan, Int32, Int64
 from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.free_memory import free_bytes
 
@@ -200,7 +200,7 @@ class PagedPool:
         return self.manager.match_prefix(ids, namespace=namespace, lora=version)
 
     @whole
-    def append(self, batch: Batch, counts: Int64, ids: list[Int32]) -> Step:
+    def append(self, batch: Batch, counts: Int64, ids: list[Int32]) -> AppendPlan:
         """Call `BlockManager.append`; grow the pool if needed, and carry out the copies.
 
         `ids` has the new tokens' ids, or is empty if they are unknown.

@@ -59,9 +59,9 @@ class CalledFunctions:
             self._place(AttentionInterface._global_mapping, name)
         for base in dict.fromkeys(base for kind in classes for base in kind.__mro__):
             if not issubclass(PreTrainedModel, base) and not issubclass(GenerationMixin, base):
-                held = vars(base)
-                for name in [name for name in held if name == "__call__" or name[:2] != "__"]:
-                    self._place(held, name)
+                fields = vars(base)
+                for name in [name for name in fields if name == "__call__" or name[:2] != "__"]:
+                    self._place(fields, name)
         places, self._objects = zip(*self._places.values(), strict=True)
         self._mappings, self._names = zip(*places, strict=True)
 
@@ -106,12 +106,12 @@ class CalledFunctions:
             module = pending.pop()
             if not isinstance(module, types.ModuleType) or not module.__name__.startswith("torch"):
                 continue
-            held = vars(module)
-            for name in read & held.keys():
-                if _is_function(held[name]):
-                    self._place(held, name)
-                elif (id(held), name) not in self._places and held[name] is not module:
-                    pending += [held[name]] if name in ("nn", "functional") else []
+            fields = vars(module)
+            for name in read & fields.keys():
+                if _is_function(fields[name]):
+                    self._place(fields, name)
+                elif (id(fields), name) not in self._places and fields[name] is not module:
+                    pending += [fields[name]] if name in ("nn", "functional") else []
 
 
 def _is_function(value: object) -> bool:

@@ -205,23 +205,23 @@ class _PartSnapshot:
         self._link_refs: list[Ref] = []
         self._owners = list(map(_ref, owners))
         self._kinds = list(map(type, owners))
-        held: list[Any] = list(map(vars, owners))
-        self._sizes = list(map(len, held))
-        self._names = list(map(_relevant, held))
+        fields: list[Any] = list(map(vars, owners))
+        self._sizes = list(map(len, fields))
+        self._names = list(map(_relevant, fields))
         self._readers: list[Callable[[Any], Any]] = []
         for place, names in enumerate(self._names):
-            plain = [name for name in names if is_plain(held[place][name])]
+            plain = [name for name in names if is_plain(fields[place][name])]
             self._readers.append(operator.itemgetter(*plain) if plain else type)
             for name in names - set(plain):
-                value = held[place][name]
+                value = fields[place][name]
                 if _is_fixed(value, members):
                     self._links.append((place, name))
                     self._link_refs.append(_ref(value))
                 else:
                     self.roots.append(_held(owners[place], name))
-        self._values = [_copy(read(each)) for read, each in zip(self._readers, held, strict=True)]
+        self._values = [_copy(read(each)) for read, each in zip(self._readers, fields, strict=True)]
         self._num_modules = sum(isinstance(owner, nn.Module) for owner in owners)
-        objects = _objects(held[: self._num_modules])
+        objects = _objects(fields[: self._num_modules])
         self._offloaded = [place for place, each in enumerate(objects) if _is_offloaded(each)]
         self._places = [
             place
@@ -243,21 +243,21 @@ class _PartSnapshot:
         owners = [owner() for owner in self._owners]
         if list(map(type, owners)) != self._kinds:
             return False
-        held: list[Any] = list(map(vars, owners))
-        sizes = list(map(len, held))
+        fields: list[Any] = list(map(vars, owners))
+        sizes = list(map(len, fields))
         if sizes != self._sizes:
-            if list(map(_relevant, held)) != self._names:
+            if list(map(_relevant, fields)) != self._names:
                 return False
             self._sizes = sizes
         try:
-            if list(map(_call, self._readers, held)) != self._values:
+            if list(map(_call, self._readers, fields)) != self._values:
                 return False
-            links = [held[place][name] for place, name in self._links]
+            links = [fields[place][name] for place, name in self._links]
             if not same_objects(links, self._link_refs):
                 return False
         except Exception:  # an attribute is gone, or its value cannot be compared
             return False
-        objects = _objects(held[: self._num_modules])
+        objects = _objects(fields[: self._num_modules])
         if len(objects) != len(self._objects):
             return False
         for place in self._offloaded:
@@ -269,12 +269,12 @@ class _PartSnapshot:
         return self.weights.same([objects[place] for place in self._places], samples)
 
 
-def _relevant(held: Mapping[str, Any]) -> set[str]:
+def _relevant(fields: Mapping[str, Any]) -> set[str]:
     """Return the names of the attributes from which a model may compute."""
     return {
         name
-        for name in held.keys() - _TORCH_OWN
-        if is_plain(value := held[name])
+        for name in fields.keys() - _TORCH_OWN
+        if is_plain(value := fields[name])
         or isinstance(value, _WATCHED)
         or callable(value)
         or name == "_hf_hook"
@@ -303,9 +303,9 @@ def _configs(modules: list[nn.Module]) -> list[PreTrainedConfig]:
     return list(found.values())
 
 
-def _objects(held: list[dict[str, Any]]) -> list[Any]:
-    """Return children, hooks, parameters and buffers of modules with the attributes `held`."""
-    filled = filter(None, chain.from_iterable(map(_MODULE_DICTS, held)))
+def _objects(fields: list[dict[str, Any]]) -> list[Any]:
+    """Return children, hooks, parameters and buffers of modules with these fields."""
+    filled = filter(None, chain.from_iterable(map(_MODULE_DICTS, fields)))
     return list(chain.from_iterable(map(dict.values, filled)))
 
 

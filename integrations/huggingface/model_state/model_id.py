@@ -152,14 +152,14 @@ class _Reader:
 
 def _settings(value: Any) -> dict[str, Any]:
     """Return the attributes of an object that may change the results of a model."""
-    held = dict(vars(value))
+    fields = dict(vars(value))
     if isinstance(value, PreTrainedConfig):
-        return {name: held[name] for name in held.keys() - _OF_CONFIG if name[0] != "_"}
+        return {name: fields[name] for name in fields.keys() - _OF_CONFIG if name[0] != "_"}
     if isinstance(value, nn.Module):
-        held = {name: held[name] for name in held.keys() - _TORCH_OWN - _OF_LOADING}
+        fields = {name: fields[name] for name in fields.keys() - _TORCH_OWN - _OF_LOADING}
     if isinstance(value, PreTrainedModel):  # its private attributes are of use in loading
-        held = {name: held[name] for name in held if name[0] != "_" or name in _TORCH_READ}
-    return held
+        fields = {name: fields[name] for name in fields if name[0] != "_" or name in _TORCH_READ}
+    return fields
 
 
 def _name(value: Any) -> str:

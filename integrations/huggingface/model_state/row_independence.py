@@ -79,15 +79,15 @@ def _of_model(model: nn.Module, modules: list[nn.Module]) -> Iterator[str]:
 def _of_module(module: nn.Module) -> Iterator[str]:
     """Name foreign code that a module has in its own attributes and hooks."""
     name = type(module).__name__
-    held = vars(module)
-    for attribute in held.keys() - _TORCH_OWN:
-        value = held[attribute]
+    fields = vars(module)
+    for attribute in fields.keys() - _TORCH_OWN:
+        value = fields[attribute]
         if attribute == "_hf_hook":  # of accelerate, which calls the original forward
             hooks = getattr(value, "hooks", (value,))
             if not all(type(hook).__module__.startswith("accelerate.") for hook in hooks):
                 yield f"a custom accelerate hook on {name}"
         elif attribute in ("forward", "_old_forward"):
-            is_accelerate = "_hf_hook" in held and attribute == "forward"
+            is_accelerate = "_hf_hook" in fields and attribute == "forward"
             if _is_foreign(value) if is_accelerate else not _is_its_own(value, module):
                 yield f"a replaced forward of {name}"
         elif callable(value) and not isinstance(value, type) and _is_foreign(value):

@@ -17,7 +17,7 @@ from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
 from kvpager.integrations.huggingface.runner.warm_up import step_of_rows
-from kvpager.plans import Plan
+from kvpager.plans import CopyPlan
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.request import Request, blocks_needed
 from kvpager.scheduling.scheduler import Scheduler
@@ -112,7 +112,7 @@ def measured_costs(runner: ModelRunner) -> PreemptionCosts:
         began = time.perf_counter()
         runner.run(plan, {0: [0] * tokens})
         computed = time.perf_counter()
-        storage.apply(Plan(pairs, "device", "host"))
+        storage.apply(CopyPlan(pairs, "device", "host"))
         compute.append(computed - began)
         move.append(time.perf_counter() - computed)
     runner.forget(np.zeros(1, np.int32))

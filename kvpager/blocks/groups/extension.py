@@ -15,7 +15,7 @@ import numpy as np
 from kvpager.blocks.block_tables import ranks
 from kvpager.blocks.extension import Extension
 from kvpager.blocks.state import BlockState
-from kvpager.plans import Int32, Int64, Step
+from kvpager.plans import AppendPlan, Int32, Int64
 
 
 class GroupExtension(Extension):
@@ -41,7 +41,7 @@ class GroupExtension(Extension):
 
     def append(
         self, sequences: Int64, num_new: int | Int64, ids: Int32 | None, speculative: bool
-    ) -> Step:
+    ) -> AppendPlan:
         """Make room for `num_new` more tokens of each sequence. O(tokens * groups)."""
         rows, groups = self._state.rows, self._state.rows.num_groups
         members = rows.members(sequences)
@@ -61,7 +61,9 @@ class GroupExtension(Extension):
         )
         return replace(step, slots=step.slots.reshape(groups, -1))
 
-    def _append_in_part(self, sequences: Int64, num_new: int | Int64, ids: Int32 | None) -> Step:
+    def _append_in_part(
+        self, sequences: Int64, num_new: int | Int64, ids: Int32 | None
+    ) -> AppendPlan:
         rows, groups = self._state.rows, self._state.rows.num_groups
         starts = rows.lengths_of(sequences)
         counts = np.broadcast_to(np.asarray(num_new, np.int64), starts.shape)
