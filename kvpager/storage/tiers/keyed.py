@@ -11,7 +11,6 @@ Only a ready slot is offered. A pinned slot keeps its bytes, whatever happens to
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,10 +22,10 @@ from numpy.typing import NDArray
 from kvpager import _validate as arguments
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Float64, Int32, Int64, UInt64
+from kvpager.storage.tiers.ranked import Ranked
 
 KNOWN, NO_ROOM = -1, -2  # in the place of a slot
 _FREE, _WRITING, _READY, _DISCARDED = range(4)
-_OUTDATED_MAX = 64
 
 KeySlot = tuple[bytes, int]
 
@@ -121,7 +120,7 @@ class KeyedTier:
         self._pins: list[int] = [0] * self.num_slots
         self._depths: Int64 = np.zeros(self.num_slots, np.int64)
         self._free = list(range(self.num_slots - 1, -1, -1))
-        self._idle = _Ranked()  # ready and not pinned
+        self._idle = Ranked()  # ready and not pinned
         self._num_ready = 0
         self._closed = False
 
@@ -353,47 +352,6 @@ class KeyedTier:
             if self._pins[slot] < count:
                 raise ValueError(f"slot {slot}: it is not pinned")
         return counts
-
-
-class _Ranked:
-    """Slots by rank, lowest first; equal ranks in the order of pushes. All O(log n)."""
-
-    def __init__(self) -> None:
-        self._places: dict[int, tuple[float, int]] = {}
-        self._heap: list[tuple[float, int, int]] = []  # with outdated entries
-        self._count = 0
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, slot: int) -> bool:
-        return slot in self._places
-
-    def push(self, rank: float, slot: int) -> None:
-        """Add a slot, or change its rank."""
-        self._count += 1
-        self._places[slot] = (rank, self._count)
-        heapq.heappush(self._heap, (rank, self._count, slot))
-        if len(self._heap) > 2 * len(self._places) + _OUTDATED_MAX:
-            self._heap = [(*place, slot) for slot, place in self._places.items()]
-            heapq.heapify(self._heap)
-
-    def forget(self, slots: Iterable[int]) -> None:
-        """Remove slots, if they are queued."""
-        for slot in slots:
-            self._places.pop(slot, None)
-
-    def pop(self) -> int:
-        """Remove and return the first slot."""
-        while True:
-            rank, count, slot = heapq.heappop(self._heap)
-            if self._places.get(slot) == (rank, count):
-                del self._places[slot]
-                return slot
-
-    def in_order(self) -> list[int]:
-        """Return all slots, first to last. O(n log n)."""
-        return sorted(self._places, key=self._places.__getitem__)
 
 
 _KEYED = (_WRITING, _READY)
