@@ -1,12 +1,14 @@
 """Which key is in which slot of a tier: NumPy only, no bytes of blocks.
 
-    free ──reserve──▶ writing ──publish──▶ ready ──reserve──▶ writing (evicted for another key)
-     ▲                   │                   │ ▲
-     └─────abandon───────┘             pin,  │ │ unpin
-     ▲                                       ▼ │
-     └──unpin────── discarded ◀──discard── pinned
+    free ──reserve──▶ writing ──publish──▶ ready ──reserve, take──▶ evicted for another use
+     │ ▲                 │                   │ ▲
+     │ └─────abandon─────┘             pin,  │ │ unpin
+     │ ▲                                     ▼ │
+     │ └──unpin──── nameless ◀──discard── pinned
+     └──────take──────▶ │ ────────name───────▲
 
 Only a ready slot is offered. A pinned slot keeps its bytes, whatever happens to its key.
+A nameless slot is pinned and has no key: its owner uses it for something else, or fills it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from kvpager.plans import Float64, Int32, Int64, UInt64
 from kvpager.storage.tiers.ranked import Ranked
 
 KNOWN, NO_ROOM = -1, -2  # in the place of a slot
-_FREE, _WRITING, _READY, _DISCARDED = range(4)
+_FREE, _WRITING, _READY, _NAMELESS = range(4)
 
 KeySlot = tuple[bytes, int]
 
@@ -87,10 +89,10 @@ class Recency:
 
 
 class Reservation(NamedTuple):
-    """What `reserve` did.
+    """What `reserve` or `take` did.
 
     Attributes:
-        slots: for each key its slot to write, `KNOWN` or `NO_ROOM`, int32 [n].
+        slots: for each key its slot to write, `KNOWN` or `NO_ROOM`, int32 [n]; of `take` the slots.
         evicted: the keys that left, each with its slot, which is one of `slots` now.
     """
 
@@ -121,13 +123,18 @@ class KeyedTier:
         self._depths: Int64 = np.zeros(self.num_slots, np.int64)
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._idle = Ranked()  # ready and not pinned
-        self._num_ready = 0
+        self._num_ready = self._num_nameless = 0
         self._closed = False
 
     @property
     def num_ready(self) -> int:
         """The number of keys that are offered. O(1)."""
         return 0 if self._closed else self._num_ready
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots that are not nameless: for keys. O(1)."""
+        return self.num_slots - self._num_nameless
 
     @property
     def num_available(self) -> int:
@@ -209,6 +216,53 @@ class KeyedTier:
                     self._release(slot)
             self._rest(rested)
 
+    def share(self, slots: Iterable[int]) -> None:
+        """Pin slots that are pinned once more. O(slots)."""
+        with self._lock:
+            for slot, count in self._pinned(slots).items():
+                self._pins[slot] += count
+
+    def take(self, count: int, *, partly: bool = False) -> Reservation:
+        """Pin slots that have no key, until `unpin` frees them. Evicts if needed. O(n log slots).
+
+        Without room for `count` none is taken; with `partly` as many as there are.
+        """
+        with self._lock:
+            if count > self.num_available:
+                count = self.num_available if partly else 0
+            evicted = self._evict(count - len(self._free))
+            slots = [self._free.pop() for _ in range(count)]
+            for slot in slots:
+                self._states[slot], self._pins[slot] = _NAMELESS, 1
+            self._num_nameless += count
+            return Reservation(_array(slots), evicted)
+
+    def name(self, slots: Sequence[int], keys: Sequence[bytes]) -> Int32:
+        """Offer the bytes of nameless slots under keys. The slots stay pinned. O(slots log slots).
+
+        Returns for each its slot; `KNOWN`, without effect, for a key that is offered or being
+        written; `NO_ROOM` after `close`, int32 [n].
+        """
+        outcomes = _array(slots)
+        with self._lock:
+            for slot in slots:
+                if self._states[slot] != _NAMELESS:
+                    raise ValueError(f"slot {slot}: it is not taken")
+            known = self._idle_slots(keys)  # in use: see `reserve`
+            self._touch(known)
+            for index, (slot, key) in enumerate(zip(slots, keys, strict=True)):
+                if self._closed or key in self._slots:
+                    outcomes[index] = NO_ROOM if self._closed else KNOWN
+                    continue
+                self._slots[key], self._keys[slot] = slot, key
+                self._states[slot], self._depths[slot] = _READY, index
+            named = _given(outcomes)
+            self._num_ready += len(named)
+            self._num_nameless -= len(named)
+            self._admit(named)
+            self._rest(known)
+        return outcomes
+
     def discard(self, slots: Iterable[int]) -> list[KeySlot]:
         """Stop to offer the keys of pinned slots. O(slots).
 
@@ -218,8 +272,9 @@ class KeyedTier:
             gone = []
             for slot in self._pinned(slots):
                 if self._states[slot] == _READY:
-                    self._states[slot] = _DISCARDED
+                    self._states[slot] = _NAMELESS
                     gone.append((self._keys[slot], slot))
+            self._num_nameless += len(gone)
             self._forget(gone)
             return gone
 
@@ -268,6 +323,7 @@ class KeyedTier:
             free = sorted(self._free)
             ready = [slot for slot, state in enumerate(self._states) if state == _READY]
             idle = [slot for slot in ready if not self._pins[slot]]
+            nameless = [slot for slot, state in enumerate(self._states) if state == _NAMELESS]
             offered = [slot for slot, state in enumerate(self._states) if state in _KEYED]
             for what, good in (
                 ("free slots", free == [s for s, t in enumerate(self._states) if t == _FREE]),
@@ -276,6 +332,8 @@ class KeyedTier:
                 ("keys", sorted(self._slots.values()) == offered),
                 ("slots", all(self._slots[self._keys[slot]] == slot for slot in offered)),
                 ("pins", all(self._states[s] >= _READY for s, n in enumerate(self._pins) if n)),
+                ("pins of nameless slots", all(self._pins[slot] > 0 for slot in nameless)),
+                ("number of nameless slots", self._num_nameless == len(nameless)),
             ):
                 if not good:
                     raise BrokenInvariant(f"keyed tier: {what}")
@@ -335,6 +393,7 @@ class KeyedTier:
         return slot
 
     def _release(self, slot: int) -> None:
+        self._num_nameless -= self._states[slot] == _NAMELESS
         self._states[slot] = _FREE
         self._keys[slot] = b""
         self._free.append(slot)
