@@ -29,6 +29,7 @@ from kvpager.blocks.cached import CachedBlocks
 from kvpager.blocks.copies import Copies
 from kvpager.blocks.events import Events
 from kvpager.blocks.extension import Extension
+from kvpager.blocks.host import HostBlocks
 from kvpager.blocks.pins import Pins
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.publication import Publication
@@ -52,7 +53,7 @@ class BlockManager:
 
     Rarer operations: `quotas` bounds the blocks of namespaces, `pins` keeps prefixes cached,
     `copies` tracks asynchronous copies, `events` logs cached blocks, `cached` helps to copy cached
-    blocks elsewhere, and `queries` reads the pool.
+    blocks elsewhere, `host` lends free host blocks, and `queries` reads the pool.
 
     Args:
         num_blocks: blocks on the device, at least 1.
@@ -95,8 +96,7 @@ class BlockManager:
         self.windows: tuple[int | None, ...] = state.windows
         self.block_size: int = state.block_size
         self.num_host_blocks: int = state.host.num_blocks
-        self.quotas = Quotas(state)
-        self.copies = Copies(state)
+        self.quotas, self.copies, self.host = Quotas(state), Copies(state), HostBlocks(state)
         self.queries = Queries(state, allocation)
         self._allocation, self._extension, self._publication = allocation, extension, publication
         self._truncation, self._swap, self._resize = Truncation(state), Swap(state), Resize(state)

@@ -12,7 +12,7 @@ O(1) without a search, and unused memory is never paged in. The idea is mimalloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,16 @@ class Ledger(Protocol):
         """Record that these blocks became evictable (+1), or ceased to be (-1)."""
 
 
+class Borrower(Protocol):
+    """Another user of a pool's blocks: see `kvpager.blocks.host`. It calls no manager."""
+
+    def borrow(self, blocks: Int32) -> None:
+        """Use these blocks until `give_back`."""
+
+    def give_back(self, count: int) -> Sequence[int]:
+        """Return `count` borrowed blocks; none if it cannot spare as many."""
+
+
 class BlockPool:
     """A set of blocks with a reference count each.
 
@@ -61,6 +71,8 @@ class BlockPool:
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held
         self.num_holds = 0
+        self.num_lent = 0
+        self.borrower: Borrower | None = None
         self._ledger: Ledger | None = None
         self._is_watched = False  # single blocks need the slow path, too
         self._stack: Int32 = np.empty(num_blocks, np.int32)
@@ -89,7 +101,7 @@ class BlockPool:
     @property
     def num_held(self) -> int:
         """Blocks that at least one block table holds."""
-        idle = self.num_free + self.num_evictable + self.num_kept
+        idle = self.num_free + self.num_evictable + self.num_kept + self.num_lent
         return self.num_blocks - self.num_reserved - idle
 
     # ---------------------------------------------------------------- take and release
@@ -167,6 +179,24 @@ class BlockPool:
         """Report to `ledger` from now on. O(1)."""
         self._ledger = ledger
         self._is_watched = bool(self.num_holds or ledger)
+
+    # ---------------------------------------------------------------- another user
+
+    def lend(self) -> None:
+        """Lend all free blocks to the borrower. O(blocks)."""
+        assert self.borrower is not None
+        fresh = np.arange(self._num_used_ever, self.num_blocks, dtype=np.int32)
+        blocks = np.concatenate([self._stack[: self._stack_size], fresh])
+        self._stack_size, self._num_used_ever = 0, self.num_blocks
+        self.num_lent += len(blocks)
+        self.borrower.borrow(blocks)
+
+    def call_back(self, count: int) -> None:
+        """Take lent blocks back so that `count` are free, if the borrower can spare them. O(n)."""
+        if self.borrower is not None and count > self.num_free:
+            blocks = np.array(self.borrower.give_back(count - self.num_free), np.intp)
+            self.num_lent -= len(blocks)
+            self._push(blocks)
 
     # ---------------------------------------------------------------- the prefix index, and holds
 
@@ -341,10 +371,11 @@ class BlockPool:
                 f"{tier} pool: evictable, kept, holds counted as {counted}, "
                 f"but a recount finds {(evictable, kept, int(self.holds.sum()))}"
             )
-        if int(np.count_nonzero(taken)) + self.num_free != self.num_blocks - self.num_reserved:
+        num_ours = self.num_blocks - self.num_reserved - self.num_lent
+        if int(np.count_nonzero(taken)) + self.num_free != num_ours:
             raise BrokenInvariant(
                 f"{tier} pool: {np.count_nonzero(taken)} in use + {self.num_free} free "
-                f"is not {self.num_blocks - self.num_reserved}"
+                f"is not {num_ours}"
             )
 
 

@@ -174,7 +174,7 @@ class Queries:
                 num_never_used=pool.num_never_used,
                 num_shared=int(np.count_nonzero(pool.refs > 1)),
                 num_host_blocks=state.host.num_blocks,
-                num_host_free=state.host.num_free,
+                num_host_free=state.host.num_free + state.host.num_lent,
                 num_sequences=len(rows),
                 num_swapped=int(np.count_nonzero(rows.swapped)) // rows.num_groups,
                 num_tokens=int(rows.fill(pool.num_blocks, rows.lengths).sum()),

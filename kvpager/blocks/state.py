@@ -195,6 +195,13 @@ class BlockState:
             raise
         return blocks
 
+    def call_back_host(self, count: int) -> None:
+        """Call lent host blocks back, in a separate change. O(1), O(count) if some are needed."""
+        if count > self.host.num_free and self.host.num_lent:
+            self.change.begin()
+            self.host.call_back(count)
+            self.change.end()
+
     def _make_room(self, count: int, need: Counts | None, revived: Int32) -> None:
         """Begin the change; evict until `count` blocks are free, but none of `revived`."""
         self.change.begin()

@@ -36,6 +36,7 @@ class Swap:
         rows = table.members(sequences)
         blocks, holders = _leaving_device(table, state.pool, rows, at_most)
         need = len(blocks)
+        state.call_back_host(need)
         if need > host.num_free:
             raise OutOfBlocks(
                 need, host.num_free, 0, host.num_blocks, "host", "raise num_host_blocks"
