@@ -30,7 +30,8 @@ class EngineConfig:
         memory: bytes of the KV cache, such as `"4GiB"`. The default is enough for `max_num_seqs`
             sequences of maximum length, but at most 90 % of the free GPU memory, or 50 % of the
             free host memory on a CPU.
-        host_memory: bytes of host memory for swapped requests; None for no swap.
+        host_memory: bytes of host memory for swapped requests, and with `tiers` for cached blocks
+            in what they leave: the first tier. None for no swap.
         block_size: token slots per block, a power of two.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to store keys and values in eight bits.
         eviction: the eviction policy: a name in `kvpager.blocks.policies.POLICIES`, or a function
@@ -52,7 +53,8 @@ class EngineConfig:
             arguments to it, such as `{"options": {"freezing": True}}` for constant weights. Modes
             that record CUDA graphs (`"reduce-overhead"`, `"max-autotune"`) are refused.
         tiers: stores for cached blocks that leave the device, asked in order: URLs as in
-            `kvpager.storage.tiers.urls.open_store`, or stores, which the engine closes.
+            `kvpager.storage.tiers.urls.open_store`, or stores, which the engine closes. `"host"`
+            alone is for `host_memory` without other tiers.
         seal: what protects blocks in tiers outside of the process, such as `Encrypted(secret)`. Its
             secret also keeps namespaces apart. Processes share blocks if their seals are equal.
         model_id: the name of the weights and their revision, for tiers, the same in all processes.
@@ -108,7 +110,7 @@ class EngineConfig:
         arguments.label("model_id", self.model_id)
         if self.seal is not None and not callable(getattr(self.seal, "unseal", None)):
             raise TypeError(f"seal={arguments.shown(self.seal)}: expected a Seal or None.")
-        if checked_tiers(self.tiers) and not self.prefix_cache:
+        if self._stores and not self.prefix_cache:
             raise ValueError("tiers: they keep cached prefixes. Leave out prefix_cache=False.")
         for name in ("seal", "model_id"):
             if not self.tiers and getattr(self, name) is not None:
@@ -121,11 +123,15 @@ class EngineConfig:
         if role not in roles:
             error = ValueError if isinstance(role, str) else TypeError
             raise error(f"role={arguments.shown(role)}: expected one of {listed(roles)}, or None.")
-        if are_private(self.tiers):
+        if are_private(self._stores):
             raise ValueError(
                 f"role={role!r}: no other process reads the tiers of this engine. "
                 'Pass tiers= with a store that both share, such as "valkey://cache:6379".'
             )
+
+    @property
+    def _stores(self) -> tuple[str | BlockStore, ...]:
+        return checked_tiers(self.tiers, with_host=self.host_memory is not None)
 
     @classmethod
     def of(cls, config: EngineConfig | None, overrides: Mapping[str, Any]) -> EngineConfig:

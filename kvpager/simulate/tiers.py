@@ -147,6 +147,7 @@ class _Slots:
     """A `SlotMemory` in which all slots are the same byte."""
 
     block_bytes = _LAYOUT.block_bytes
+    store: HostStore | None = None
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots

@@ -35,7 +35,7 @@ from kvpager.ops import LayerCaches, copy_blocks
 from kvpager.plans import CopyPlan, Int32, Tier
 from kvpager.storage import streams
 from kvpager.storage.layout import KVCacheDtype, Part, block_layout
-from kvpager.storage.memory import allocate
+from kvpager.storage.memory import allocate, host_pages
 
 LayerCache = tuple[Tensor, Tensor]
 LayerScales = tuple[Tensor, Tensor]
@@ -108,7 +108,7 @@ class BlockStorage:
         with torch.inference_mode(False):
             self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
-            self._host_tier = allocate(num_host_blocks, run, stored, "cpu", pinned=swaps)
+            self._host_tier = host_pages(num_host_blocks, run, stored, pinned=swaps)
             self._caches = self._layer_caches(self.layers, self._device_tier)
         self._pinned = pinned, swaps
         self._order = streams.StreamOrder(self._device_tier)
@@ -308,7 +308,7 @@ class BlockStorage:
             # Layers are in order within a block, so the first layers are its front.
             device_tier = self._new_device_tier(self.num_blocks, run)
             device_tier.copy_(self._device_tier[:, :run])
-            host_tier = allocate(self.num_host_blocks, run, dtype, "cpu", pinned=self._pinned[1])
+            host_tier = host_pages(self.num_host_blocks, run, dtype, pinned=self._pinned[1])
             host_tier.copy_(self._host_tier[:, :run])
             self._host_reads.wait()  # before the old host tier is freed
             self._replace(layers, device_tier, host_tier)

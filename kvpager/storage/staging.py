@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvpager import _validate as arguments
+from kvpager.plans import Int32
 from kvpager.storage import streams
 from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.memory import host_pages
+from kvpager.storage.tiers.host import HostStore
 
 
 class Staging:
@@ -21,54 +23,63 @@ class Staging:
     `take` gives a slot to one caller, and `share` to one more: the last one gives it back. A slot
     is reused only when no copy reads it any more. Any thread may call `take`, `share`, `give` and
     `slot`.
+
+    Attributes:
+        store: the store whose slots these are, a tier that needs no copy; None if they are a buffer
+            only.
     """
+
+    store: HostStore | None
 
     def __init__(self, storage: BlockStorage, num_slots: int) -> None:
         """Allocate `num_slots` slots for blocks of `storage`. O(1), O(bytes) if page-locked."""
-        self._storage = storage
-        self.num_slots = arguments.count("num_slots", num_slots, at_least=1)
-        self.block_bytes = storage.block_bytes
+        num_slots = arguments.count("num_slots", num_slots, at_least=1)
         tier = storage.tier()
-        self._memory = host_pages(
-            self.num_slots, tier.shape[1], tier.dtype, pinned=tier.device.type == "cuda"
-        )
-        self._bytes = self._memory.view(torch.uint8).numpy().data.cast("B")
-        self._free = list(range(self.num_slots - 1, -1, -1))
-        self._num_sharers = Counter[int]()  # besides the first
+        memory = host_pages(num_slots, tier.shape[1], tier.dtype, pinned=tier.is_cuda)
+        self._begin(storage, memory, HostStore.over(_bytes(memory)))
+        self.store, self._num_usable = None, num_slots
+
+    @classmethod
+    def of_host(cls, storage: BlockStorage) -> Staging:
+        """Return slots, and their store, in the host blocks of `storage`. O(slots).
+
+        It has none of them at first: `manager.host.lend_to(staging)` lends it those that no swapped
+        sequence needs. Blocks on their way take at most half of what is lent.
+        """
+        memory = storage.tier("host")
+        staging = cls.__new__(cls)
+        staging._begin(storage, memory, HostStore.over(_bytes(memory), is_free=False))
+        staging.store, staging._num_usable = staging._slots, 0
+        return staging
+
+    def _begin(self, storage: BlockStorage, memory: Tensor, slots: HostStore) -> None:
+        self.block_bytes, self.num_slots = storage.block_bytes, len(memory)
+        self._storage, self._memory, self._slots = storage, memory, slots
+        self._bytes = slots.memory.data.cast("B")
         self._unfinished: list[tuple[torch.cuda.Event, list[int]]] = []
         self._lock = threading.Lock()
 
     @property
     def num_free(self) -> int:
-        """Free slots. O(copies under way)."""
-        with self._lock:
-            self._reclaim()
-            return len(self._free)
+        """Slots that `take` would return. O(copies under way)."""
+        self._reclaim()
+        if self.store is None:
+            return self._slots.num_available
+        under_way = self._num_usable - self.store.capacity
+        most = max(self._num_usable // 2, 1)
+        return max(min(most - under_way, self._slots.num_available), 0)
 
     def take(self, count: int) -> list[int]:
-        """Return up to `count` free slots. O(slots)."""
-        with self._lock:
-            self._reclaim()
-            return [self._free.pop() for _ in range(min(count, len(self._free)))]
+        """Return up to `count` free slots. Evicts blocks of `store` if needed. O(slots)."""
+        return self._slots.take(min(count, self.num_free), partly=True)
 
     def share(self, slots: Iterable[int]) -> None:
         """Keep slots from being reused until one more `give`. O(slots)."""
-        with self._lock:
-            self._num_sharers.update(slots)
+        self._slots.share(slots)
 
     def give(self, slots: Iterable[int]) -> None:
         """Give slots back. O(slots)."""
-        with self._lock:
-            self._give(slots)
-
-    def _give(self, slots: Iterable[int]) -> None:
-        for slot in slots:
-            if slot not in self._num_sharers:
-                self._free.append(slot)
-            elif self._num_sharers[slot] == 1:
-                del self._num_sharers[slot]
-            else:
-                self._num_sharers[slot] -= 1
+        self._slots.give(slots)
 
     def slot(self, number: int) -> memoryview:
         """Return the bytes of a slot. O(1)."""
@@ -90,5 +101,31 @@ class Staging:
                 self._unfinished.append((event, list(slots)))
 
     def _reclaim(self) -> None:
-        while self._unfinished and self._unfinished[0][0].query():
-            self._give(self._unfinished.pop(0)[1])
+        with self._lock:
+            while self._unfinished and self._unfinished[0][0].query():
+                self.give(self._unfinished.pop(0)[1])
+
+    # ---------------------------------------------------------------- host blocks
+
+    def borrow(self, blocks: Int32) -> None:
+        """Use host blocks that no sequence needs, until `give_back`. O(blocks).
+
+        Waits until copies out of host memory have ended.
+        """
+        self._storage.tier("host")
+        self._num_usable += len(blocks)
+        self._slots.give(blocks)
+
+    def give_back(self, count: int) -> list[int]:
+        """Return `count` borrowed blocks; none if others are in use. O(count log blocks).
+
+        Cached blocks leave for it, those of the oldest use first.
+        """
+        self._reclaim()
+        blocks = self._slots.take(count)
+        self._num_usable -= len(blocks)
+        return blocks
+
+
+def _bytes(memory: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    return memory.view(torch.uint8).numpy()

@@ -27,7 +27,7 @@ class ToyStaging:
         self._free = list(range(num_slots))
         self._num_holders = [0] * num_slots
         self._lock = threading.Lock()
-        self.num_slots, self.block_bytes = num_slots, BLOCK_BYTES
+        self.num_slots, self.block_bytes, self.store = num_slots, BLOCK_BYTES, None
         self.copied: list[int] = []  # blocks of each copy
 
     @property

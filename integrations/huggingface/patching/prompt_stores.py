@@ -24,6 +24,7 @@ from kvpager.integrations.huggingface.runner.model_info import (
     plain_cache,
 )
 from kvpager.integrations.huggingface.runner.tiers import (
+    buffer_for,
     no_tiers,
     refuse_tiers,
     tiering_of,
@@ -61,7 +62,8 @@ def open_prompt_tiers(
     bound = memory.budget.bound
     num_blocks = None if bound is None else max(bound // storage.block_bytes, 1)
     with torch.inference_mode(False):  # made in it, staging could never be written outside of it
-        tiering = tiering_of(model, config, costs, storage, pool.manager, num_blocks, named.adapter)
+        staging = buffer_for(storage, num_blocks)
+        tiering = tiering_of(model, config, costs, storage, pool.manager, staging, named.adapter)
     return PromptTiers(pool, tiering, named)
 
 

@@ -78,8 +78,18 @@ def open_tiers(
     state = watch.look()
     if state.doubt is not None:
         raise KVPagerError(f"tiers: {type(model).__name__} shares no prefixes: {state.doubt}.")
-    tiering = tiering_of(model, config, costs, storage, manager, storage.num_blocks)
+    if storage.num_host_blocks:
+        manager.host.lend_to(staging := Staging.of_host(storage))
+    else:
+        staging = buffer_for(storage, storage.num_blocks)
+    tiering = tiering_of(model, config, costs, storage, manager, staging)
     return ModelTiers(tiering, watch, state.version)
+
+
+def buffer_for(storage: BlockStorage, num_blocks: int | None) -> Staging:
+    """Return staging of at most 1 GiB. `num_blocks`: the most that `storage` will have, or None."""
+    num_slots = max(_STAGING_BYTES // storage.block_bytes, _STAGING_MIN)
+    return Staging(storage, num_slots if num_blocks is None else min(num_slots, num_blocks))
 
 
 def tiering_of(
@@ -88,13 +98,12 @@ def tiering_of(
     costs: PreemptionCosts,
     storage: BlockStorage,
     manager: BlockManager,
-    num_blocks: int | None,
+    staging: Staging,
     adapter_of: Callable[[str | None], str | None] = lambda lora: lora,
 ) -> Tiering:
     """Name the model, open the stores, and return what moves its blocks. O(bytes of the weights).
 
-    `num_blocks` is the most that `storage` will have, None without a bound. `adapter_of` maps the
-    `lora` of blocks in `manager` to that in their content keys.
+    `adapter_of` maps the `lora` of blocks in `manager` to that in their content keys.
     Raises: as `model_id` and `open_stores`.
     """
     name = model_id(model) if config.model_id is None else config.model_id
@@ -109,9 +118,7 @@ def tiering_of(
         num_tokens = num_blocks * storage.block_size
         return costs.recompute_s(num_tokens, num_tokens)
 
-    num_slots = max(_STAGING_BYTES // storage.block_bytes, _STAGING_MIN)
-    staging = Staging(storage, num_slots if num_blocks is None else min(num_slots, num_blocks))
-    stores = open_stores(config.tiers, layout=layout, seal=config.seal)
+    stores = open_stores(config.tiers, layout=layout, seal=config.seal, host=staging.store)
     return Tiering(manager, staging, stores, context_of, recompute_s=recompute_s)
 
 

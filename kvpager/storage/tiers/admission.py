@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from kvpager import _validate as arguments
@@ -32,10 +32,10 @@ def admission(store: BlockStore, admit: Admit, num_device_blocks: int) -> Admiss
     return None if admit == "auto" and is_large else rule
 
 
-def has_free_room(store: BlockStore) -> bool:
-    """Return True if a store takes more blocks without an eviction. O(1)."""
+def has_free_room(store: BlockStore, besides: int = 0) -> bool:
+    """Return True if a store takes more blocks, `besides` others, without an eviction. O(1)."""
     stats = store.stats()
-    return stats.capacity is None or (stats.num_blocks or 0) < stats.capacity
+    return stats.capacity is None or (stats.num_blocks or 0) + besides < stats.capacity
 
 
 class Admission:
@@ -71,14 +71,24 @@ class Admission:
 class Admissions:
     """The rules of several stores."""
 
-    def __init__(self, stores: Sequence[BlockStore], admit: Admit, num_device_blocks: int) -> None:
-        """See `admission`. Raises: `ValueError` for another `admit`."""
+    def __init__(
+        self,
+        stores: Sequence[BlockStore],
+        admit: Admit,
+        num_device_blocks: int,
+        shared: BlockStore | None = None,
+    ) -> None:
+        """See `admission`. Blocks pass through the slots of the store `shared`.
+
+        Raises: `ValueError` for another `admit`.
+        """
+        self._shared = shared
         self._rules = [(store, admission(store, admit, num_device_blocks)) for store in stores]
 
-    def wanted(self, keys: Iterable[bytes]) -> list[list[int]]:
+    def wanted(self, keys: Collection[bytes]) -> list[list[int]]:
         """Return the numbers of the stores that each block is offered. O(keys * stores)."""
         offered = [
-            (number, rule, rule is None or has_free_room(store))
+            (number, rule, rule is None or self._has_room(store, len(keys)))
             for number, (store, rule) in enumerate(self._rules)
             if not getattr(store, "bypassed", False)
         ]
@@ -90,3 +100,7 @@ class Admissions:
             ]
             for key in keys
         ]
+
+    def _has_room(self, store: BlockStore, num_blocks: int) -> bool:
+        # `num_blocks` on their way take slots of a store that shares its own.
+        return has_free_room(store, besides=num_blocks if store is self._shared else 0)

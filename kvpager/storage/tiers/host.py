@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.plans import Int32
 from kvpager.storage.tiers.checks import blocks_in, check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
-from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, SlotPolicy
+from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, Reservation, SlotPolicy
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.losses import Losses
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
 
 
 class HostStore:
-    """Blocks in one buffer that is allocated at once. A hit costs one copy of the block.
+    """Blocks in slots of one buffer.
 
     The bytes never leave the process, so they need no frame: a slot that is read is not reused.
 
+    Other uses of host memory may share the slots: `take` gives them slots, and evicts cached blocks
+    for that. A caller that fills such a slot can `adopt` it: the store then has the block without a
+    copy. `pin` is a hit without one. `give` ends `take`, `share` and `pin`.
+
     Attributes:
+        memory: the slots, uint8 [slots, block_bytes].
         losses: the keys that were evicted or dropped.
     """
 
@@ -42,10 +48,25 @@ class HostStore:
         for a number of blocks, least recently used unless given. Raises: `ValueError` for room for
         no block; `MemoryError` if the system refuses.
         """
-        self.block_bytes = layout.block_bytes
-        num_blocks = blocks_in(capacity, self.block_bytes)
+        num_blocks = blocks_in(capacity, layout.block_bytes)
+        self._begin(_allocated(num_blocks, layout.block_bytes, capacity), policy)
+
+    @classmethod
+    def over(cls, memory: NDArray[np.uint8], *, is_free: bool = True) -> HostStore:
+        """Return a store in `memory`, uint8 [slots, block_bytes]. O(slots).
+
+        Without `is_free`, its owner has all slots at first, as after `take`.
+        """
+        store = cls.__new__(cls)
+        store._begin(memory, None)
+        if not is_free:
+            store._tier.take(len(memory))
+        return store
+
+    def _begin(self, memory: NDArray[np.uint8], policy: Callable[[int], SlotPolicy] | None) -> None:
+        num_blocks, self.block_bytes = memory.shape
+        self.memory = memory
         self._tier = KeyedTier(num_blocks, None if policy is None else policy(num_blocks))
-        self._blocks = _allocated(num_blocks, self.block_bytes, capacity)
         self._counters = StoreCounters(self.block_bytes)
         self.losses = Losses()
 
@@ -58,7 +79,7 @@ class HostStore:
         check_blocks("into", keys, into, self.block_bytes)
         begun = time.monotonic()
         outcomes: Outcomes = np.full(len(keys), Loaded.MISS, np.uint8)
-        memory = self._blocks  # before the slots: `close` takes it after them
+        memory = self.memory  # before the slots: `close` takes it after them
         slots = self._tier.pin(keys)
         try:
             for index in np.flatnonzero(slots >= 0).tolist():
@@ -88,10 +109,8 @@ class HostStore:
     def _save(
         self, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
     ) -> Outcomes:
-        memory = self._blocks
-        slots, evicted = self._tier.reserve(keys, partly=True)
-        self._counters.evicted(len(evicted))
-        self.losses.add(key for key, _ in evicted)
+        memory = self.memory
+        slots = self._evicting(self._tier.reserve(keys, partly=True))
         outcomes: Outcomes = np.full(len(keys), Saved.LATE, np.uint8)
         outcomes[slots == KNOWN] = Saved.KNOWN
         outcomes[slots == NO_ROOM] = Saved.REFUSED
@@ -115,13 +134,73 @@ class HostStore:
         return True
 
     def stats(self) -> StoreStats:
-        """Return what the store holds, and counts since it was made. O(1)."""
-        return self._counters.stats(self._tier.num_ready, self._tier.num_slots)
+        """Return what the store holds, and counts since it was made. O(1).
+
+        Slots that are taken for another use are no part of the capacity.
+        """
+        return self._counters.stats(self._tier.num_ready, self.capacity)
 
     def close(self) -> None:
         """Give the memory back when no call uses it any more. O(1)."""
         self._tier.close()
-        self._blocks = np.empty((0, self.block_bytes), np.uint8)
+        self.memory = np.empty((0, self.block_bytes), np.uint8)
+
+    # ---------------------------------------------------------------- slots
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots that are not taken for another use. O(1)."""
+        return self._tier.capacity
+
+    @property
+    def num_available(self) -> int:
+        """The number of slots that `take` would find. O(1)."""
+        return self._tier.num_available
+
+    def take(self, count: int, *, partly: bool = False) -> list[int]:
+        """Return `count` slots for another use; none if there are fewer. O(count log slots).
+
+        With `partly`, returns as many as there are. Evicts cached blocks if needed.
+        """
+        slots: list[int] = self._evicting(self._tier.take(count, partly=partly)).tolist()
+        return slots
+
+    def share(self, slots: Iterable[int]) -> None:
+        """Keep slots that are in use until one more `give`. O(slots)."""
+        self._tier.share(slots)
+
+    def give(self, slots: Iterable[int]) -> None:
+        """End one use of each slot. A slot without a key is free after its last. O(slots)."""
+        self._tier.unpin(slots)
+
+    def pin(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the slots of leading keys, which keep their bytes until `give`. O(keys)."""
+        begun = time.monotonic()
+        slots = self._tier.pin(keys)
+        count = len(slots) if (slots >= 0).all() else int((slots < 0).argmax())
+        self._tier.unpin(slots[count:])
+        outcomes: Outcomes = np.where(slots >= 0, Loaded.HIT, Loaded.MISS).astype(np.uint8)
+        self._counters.loaded(outcomes, time.monotonic() - begun)
+        return [int(slot) for slot in slots[:count]]
+
+    def adopt(self, keys: Sequence[bytes], slots: Sequence[int]) -> Outcomes:
+        """Keep the blocks that fill taken slots. Returns a `Saved` for each. O(keys log slots).
+
+        The slots stay in use until `give`. Raises: `ValueError` for a slot that is not taken.
+        """
+        begun = time.monotonic()
+        named = self._tier.name(slots, keys)
+        outcomes: Outcomes = np.full(len(keys), Saved.SAVED, np.uint8)
+        outcomes[named == KNOWN] = Saved.KNOWN
+        outcomes[named == NO_ROOM] = Saved.REFUSED
+        self._counters.saved(outcomes, time.monotonic() - begun)
+        return outcomes
+
+    def _evicting(self, reserved: Reservation) -> Int32:
+        """Report the keys that left; return the slots."""
+        self._counters.evicted(len(reserved.evicted))
+        self.losses.add(key for key, _ in reserved.evicted)
+        return reserved.slots
 
 
 def _allocated(num_blocks: int, block_bytes: int, capacity: int | str) -> NDArray[np.uint8]:

@@ -254,6 +254,11 @@ class Loader:
 
     def _load_batch(self, fetch: Fetch, number: int, keys: list[bytes]) -> bool:
         """Load blocks from one store. Return True if all of them came."""
+        shared = self._staging.store
+        if shared is not None and shared is self._stores[number]:
+            slots = shared.pin(keys)  # slots of staging: no copy
+            self._add(fetch, number, keys, slots)
+            return len(slots) == len(keys)
         if not (slots := self._staging.take(len(keys))):
             return False
         num_hits = 0
@@ -268,13 +273,17 @@ class Loader:
             hits = outcomes == Loaded.HIT
             num_hits = len(hits) if hits.all() else int(hits.argmin())
         finally:
-            fetch.slots += slots[:num_hits]
-            fetch.sources += [number] * num_hits
             self._staging.give(slots[num_hits:])
-        self._dropper.tracked.add(number, fetch.identity["namespace"], keys[:num_hits])
+            self._add(fetch, number, keys, slots[:num_hits])
         gone = np.flatnonzero(np.isin(outcomes, _GONE)).tolist()
         self._dropper.tell(number, [keys[index] for index in gone], is_kept=False)
         return num_hits == len(keys)
+
+    def _add(self, fetch: Fetch, number: int, keys: list[bytes], slots: list[int]) -> None:
+        """Note that slots hold the blocks of leading keys."""
+        fetch.slots += slots
+        fetch.sources += [number] * len(slots)
+        self._dropper.tracked.add(number, fetch.identity["namespace"], keys[: len(slots)])
 
     def close(self) -> None:
         """Begin no more transfers, and wait for the threads."""

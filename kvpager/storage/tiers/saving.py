@@ -131,9 +131,13 @@ class Saver:
             self._staging.give(block.slot for block in blocks)
 
     def _save_batch(self, number: int, blocks: Sequence[StagedBlock], deadline: float) -> None:
-        keys = [block.key for block in blocks]
-        memory = [self._staging.slot(block.slot) for block in blocks]
-        outcomes = self._stores[number].save(keys, memory, deadline)
+        keys, slots = [block.key for block in blocks], [block.slot for block in blocks]
+        shared = self._staging.store
+        if shared is not None and shared is self._stores[number]:
+            outcomes = shared.adopt(keys, slots)
+        else:
+            memory = [self._staging.slot(slot) for slot in slots]
+            outcomes = self._stores[number].save(keys, memory, deadline)
         for block, outcome in zip(blocks, outcomes, strict=True):
             if outcome in _KEPT:
                 is_new = bool(outcome == Saved.SAVED)

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from kvpager.storage.tiers.host import HostStore
+
 
 class SlotMemory(Protocol):
-    """Slots of one block each; `kvpager.storage.staging.Staging` is one."""
+    """Slots of one block each; `kvpager.storage.staging.Staging` is one.
+
+    `store` is the store whose slots these are: it has and keeps blocks without a copy. None if the
+    slots serve as a buffer only.
+    """
 
     block_bytes: int
+    store: HostStore | None
 
     @property
     def num_free(self) -> int: ...  # noqa: D102

@@ -104,7 +104,7 @@ class Tiering:
         self._keying = ContentKeying(manager.block_size, context_of, manager.windows)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
-        self._admissions = Admissions(self.stores, admit, manager.num_blocks)
+        self._admissions = Admissions(self.stores, admit, manager.num_blocks, staging.store)
         step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
         self.step_blocks_max = max(1, step_bytes_max // staging.block_bytes)
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block, to share
@@ -202,6 +202,7 @@ class Tiering:
         """
         if not fetch.is_done:
             raise ValueError("fetch: it is not done. Attach it later, or cancel it.")
+        self._manager.host.lend()
         self._staging.give(fetch.cut())
         most = len(fetch.slots) if most is None else arguments.count("most", most)
         if most == 0 and fetch.slots:
@@ -274,13 +275,13 @@ class Tiering:
         needs a free slot. Returns the number of blocks copied; a thread saves them then. Call it
         between steps. O(count log blocks + bytes copied).
         """
+        self._manager.host.lend()
         cached, blocks = self._manager.cached, self._leaving(count)
         self.is_clean = not len(blocks)
         if not len(blocks) or not self._is_open:
             return 0
-        slots = self._staging.take(len(blocks))
+        blocks, slots = blocks[: self._staging.num_free], list[int]()
         try:
-            blocks = blocks[: len(slots)]
             # First: what is admitted is remembered, and must be copied then.
             with self._held(blocks) as is_held:
                 if not is_held:
@@ -289,12 +290,14 @@ class Tiering:
                 keys = cached.keys(blocks, self._keying)
                 wanted = self._admissions.wanted(keys)
                 chosen = [number for number, stores in enumerate(wanted) if stores]
-                used = slots[: len(chosen)]
+                slots = self._staging.take(len(chosen))
+                if len(slots) < len(chosen):  # a thread took some meanwhile
+                    blocks, chosen = blocks[: chosen[len(slots)]], chosen[: len(slots)]
                 namespaces = cached.namespaces(blocks[chosen])
                 if chosen:
-                    self._staging.read(blocks[chosen].tolist(), used)
+                    self._staging.read(blocks[chosen].tolist(), slots)
                 cached.mark_offered(blocks)
-                slots = slots[len(chosen) :]
+                used, slots = slots, []
         finally:
             self._staging.give(slots)
         if chosen:

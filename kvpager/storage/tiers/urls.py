@@ -27,7 +27,8 @@ from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Seal
 
 GROUP = "kvpager.tiers"
-_PRIVATE = ("host:", "nixl:")  # stores that end with their process
+HOST = "host"  # among tiers: the host memory of `host_memory=`
+_PRIVATE = (HOST, "nixl")  # stores that end with their process
 _EXAMPLES = '"host:32GiB", "disk:/path?capacity=200GiB" or "valkey://host:6379"'
 
 
@@ -62,16 +63,20 @@ def open_stores(
     *,
     layout: BlockLayout,
     seal: Seal | None = None,
+    host: BlockStore | None = None,
 ) -> list[BlockStore]:
     """Return the stores of `tiers`, in order: URLs are opened, stores are taken as they are.
 
-    If one cannot be opened, those that this call opened are closed. Raises: as `open_store`, and
-    `ValueError` for a store of blocks of another size.
+    `host` is the first, whether or not `tiers` begins with "host". If one cannot be opened, those
+    that this call opened are closed. Raises: as `open_store`, and `ValueError` for a store of
+    blocks of another size.
     """
     stores, opened = list[BlockStore](), list[BlockStore]()
     try:
-        for tier in checked_tiers(tiers):
-            if isinstance(tier, str):
+        for tier in checked_tiers(tiers, with_host=host is not None):
+            if host is not None and tier == HOST:
+                stores.append(_taken(host, layout))
+            elif isinstance(tier, str):
                 opened.append(_open("tiers", tier, layout, seal))
                 stores.append(opened[-1])
             else:
@@ -84,33 +89,47 @@ def open_stores(
 
 
 def checked_tiers(
-    tiers: str | BlockStore | Sequence[str | BlockStore],
+    tiers: str | BlockStore | Sequence[str | BlockStore], *, with_host: bool = False
 ) -> tuple[str | BlockStore, ...]:
     """Return `tiers` one by one, after checks that open none. O(tiers).
 
-    Raises: `ValueError`, `TypeError` for an unknown scheme, another type or more than 7 tiers.
+    `with_host`: there is host memory for cached blocks. Then "host" is the first, unless there are
+    no tiers. Raises: `ValueError`, `TypeError` for an unknown scheme, another type or more than 7
+    tiers.
     """
     listed: Any = [tiers] if isinstance(tiers, str) or _is_store(tiers) else tiers
     if not isinstance(listed, Sequence):
         raise TypeError(f"tiers={arguments.shown(tiers)}: expected URLs or stores")
+    if listed and with_host:
+        listed = listed if listed[0] == HOST else [HOST, *listed]
     if len(listed) > NUM_STORES_MAX:
         raise ValueError(f"tiers: expected at most {NUM_STORES_MAX}, got {len(listed)}")
-    for tier in listed:
-        if isinstance(tier, str):
+    for number, tier in enumerate(listed):
+        if isinstance(tier, str) and tier == HOST:
+            _check_host(number, with_host)
+        elif isinstance(tier, str):
             _factory("tiers", tier)
         elif not _is_store(tier):
             raise TypeError(f"tiers={arguments.shown(tier)}: expected a URL or a BlockStore")
     return tuple(listed)
 
 
-def are_private(tiers: str | BlockStore | Sequence[str | BlockStore]) -> bool:
-    """Return True if no tier serves other processes, or there is none. O(tiers).
+def _check_host(number: int, with_host: bool) -> None:
+    if not with_host:
+        raise ValueError(
+            'tiers: "host" is the memory of host_memory=, which is not set. Set it to a size.'
+        )
+    if number:
+        raise ValueError('tiers: "host" is the first of them. Name it first, or leave it out.')
 
-    Raises: as `checked_tiers`.
-    """
+
+def are_private(tiers: Sequence[str | BlockStore]) -> bool:
+    """Return True if none of these `checked_tiers` serves other processes. O(tiers)."""
     return all(
-        tier.startswith(_PRIVATE) if isinstance(tier, str) else getattr(tier, "is_private", False)
-        for tier in checked_tiers(tiers)
+        tier.partition(":")[0] in _PRIVATE
+        if isinstance(tier, str)
+        else getattr(tier, "is_private", False)
+        for tier in tiers
     )
 
 
