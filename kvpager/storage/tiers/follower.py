@@ -39,8 +39,8 @@ class TierFollower:
     staging, and the leader uses a block only if all ranks have it. A follower without room in
     staging saves less; a block that it lacks is computed again.
 
-    Call `apply` with the transfers of each plan, on one thread, before the plan's swaps and copies.
-    No call waits for a store. After an exception, carry out no more plans: end the process.
+    Call `apply` with the transfers of each plan, before the plan's swaps and copies, on the thread
+    that computes. It waits for no store. After an exception, apply no more plans: end the process.
     """
 
     def __init__(

@@ -106,7 +106,7 @@ class PromptSaver:
         namespace = prompt.identity["namespace"]
         pairs = zip(keys, slots, strict=True)
         staged = [StagedBlock(key, namespace, slot, stores) for key, slot in pairs]
+        self._followers.save(blocks, staged)  # before stores may drop some again
         prompt.work = self._saver.submit(staged)
-        self._followers.save(blocks, staged)
         prompt.num_copied += len(slots)
         return len(slots)

@@ -303,8 +303,8 @@ class Tiering:
         if chosen:
             parts = zip(chosen, namespaces, used, strict=True)
             staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
+            self.followers.save(blocks[chosen], staged)  # before stores may drop some again
             self._saver.submit(staged)
-            self.followers.save(blocks[chosen], staged)
         return len(chosen)
 
     @contextlib.contextmanager

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from kvpager import BlockStorage, KVPagerError
+from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.plans import DropBlocks, FetchBlocks, LoadBlocks, SaveBlocks, Transfer
+from kvpager.storage.keys import KeyContext
 from kvpager.storage.staging import Staging
 from kvpager.storage.tiers.follower import TierFollower
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.prompt_saving import PromptSave
+from kvpager.storage.tiers.tiering import Tiering
 from tests.support.dict_store import DictStore
 from tests.support.threads import wait_for_stores
 from tests.support.tier_node import SHAPE, SIZE, Node, finished, prompt
@@ -125,6 +128,22 @@ def test_blocks_that_one_rank_lacks_are_not_used(kept: int) -> None:
     other.end()
 
 
+def test_all_ranks_fetch_what_is_behind_the_cached_blocks() -> None:
+    node = Node(num_followers=1)
+    shard = Shard(node)
+    saved_by(node, shard)
+    other, [shard] = again(node, shard)
+    other.compute(prompt(1)[:9])
+    shard.storage.tier().copy_(shard.computed())
+    fetch = begun(other, shard)
+    assert other.tiering.attach(fetch) == {"dict": 12}
+    shard.apply(other.tiering.followers.take())
+    blocks = other.manager.match_prefix(prompt(1), blocks=True).blocks[:5].tolist()
+    assert torch.equal(shard.storage.tier()[blocks], shard.computed()[blocks])
+    shard.end()
+    other.end()
+
+
 def test_blocks_that_are_cached_meanwhile_are_skipped_on_all_ranks() -> None:
     node = Node(num_followers=1)
     shard = Shard(node)
@@ -197,6 +216,13 @@ def test_warming_with_followers_is_refused() -> None:
     node = Node(num_followers=1)
     with pytest.raises(ValueError, match="warm: followers"):
         node.tiering.warm([prompt(1)])
+    node.end()
+
+
+def test_followers_of_layers_with_a_window_are_refused() -> None:
+    node, windowed = Node(), GroupedManager([None, 8], 8, SIZE)
+    with pytest.raises(ValueError, match="num_followers=1: expected 0 for groups of layers"):
+        Tiering(windowed, node.staging, [], lambda *_: KeyContext("", ""), num_followers=1)
     node.end()
 
 
