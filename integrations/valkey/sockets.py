@@ -15,6 +15,7 @@ from typing import Protocol
 
 _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _SECONDS_MIN, _SECONDS_MAX = 1e-6, 1e6  # zero would mean without end
+_LIMIT_SLACK = 1.1  # of the time left: a call into the kernel for each part of a value is dear
 
 
 def seconds_left(deadline: float) -> float:
@@ -52,6 +53,7 @@ class PlainSocket:
         """Take over a connected socket."""
         connected.settimeout(None)
         self._socket = connected
+        self._limits: dict[int, float] = {}  # seconds of a call, by option
 
     def some(self, into: memoryview, deadline: float) -> int:
         """Read at least one byte. Returns how many."""
@@ -84,8 +86,12 @@ class PlainSocket:
             raise TimeoutError("receiving took too long") from None
 
     def _limit(self, option: int, deadline: float) -> None:
-        seconds, micros = divmod(max(1, int(seconds_left(deadline) * 1e6)), 1_000_000)
+        left = seconds_left(deadline)
+        if left <= self._limits.get(option, 0.0) <= left * _LIMIT_SLACK:
+            return
+        seconds, micros = divmod(max(1, int(left * 1e6)), 1_000_000)
         self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, micros))
+        self._limits[option] = left
 
 
 class TlsSocket:

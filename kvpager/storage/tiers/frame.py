@@ -16,13 +16,15 @@ from typing import NamedTuple
 
 from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
-from kvpager.storage.tiers.seals import Digest, Seal
+from kvpager.storage.tiers.seals import NONCE_BYTES, Digest, Seal
 
 _MAGIC, _VERSION = b"KVPBLK\x00\x01", 1
 _HEAD = struct.Struct("<8sHHI16s32s12s4x")
+_KEY, _NONCE, _ZERO = slice(32, 64), slice(64, 76), bytes(4)  # parts of the head
 _TAG_BYTES, _CHECK_BYTES = 16, 16
 _CHECKED = _HEAD.size + _TAG_BYTES
 FRAME_BYTES = _CHECKED + _CHECK_BYTES
+_NO_NONCE = bytes(NONCE_BYTES)
 
 
 class Fault(StrEnum):
@@ -98,6 +100,8 @@ class Framing:
         self.layout = layout
         self.seal: Seal = Digest() if seal is None else seal
         self._fingerprint = layout.fingerprint
+        head = Head(self.seal.number, layout.block_bytes, self._fingerprint, b"").packed()
+        self._front = head[: _KEY.start]
 
     def frame(self, key: bytes, block: memoryview) -> Framed:
         """Return the frame of a block and the bytes to store after it. O(bytes).
@@ -109,7 +113,7 @@ class Framing:
         if block.nbytes != self.layout.block_bytes:
             raise ValueError(f"block: expected {self.layout.block_bytes} bytes, got {block.nbytes}")
         # The nonce authenticates itself, so the seal covers a head without it.
-        nonce, tag, payload = self.seal.seal(self._head(key), block.cast("B"))
+        nonce, tag, payload = self.seal.seal(self._head(key, _NO_NONCE), block.cast("B"))
         checked = self._head(key, nonce) + tag
         return Framed(checked + _check(checked), payload)
 
@@ -119,6 +123,15 @@ class Framing:
         Returns None if the block is the one that was saved as `key`. Otherwise the content of
         `payload` is undefined.
         """
+        frame = bytes(frame[:FRAME_BYTES])
+        nonce, tag = frame[_NONCE], frame[_HEAD.size : _CHECKED]
+        checked = self._head(key, nonce) + tag
+        if frame != checked + _check(checked) or payload.nbytes != self.layout.block_bytes:
+            return self._why_refused(frame, key, payload)
+        sealed = self._head(key, _NO_NONCE)
+        return None if self.seal.unseal(sealed, nonce, tag, payload.cast("B")) else Fault.BYTES
+
+    def _why_refused(self, frame: bytes, key: bytes, payload: memoryview) -> Fault | None:
         head = read_head(frame)
         if isinstance(head, Head) and head.layout != self._fingerprint:
             return Fault.LAYOUT
@@ -126,9 +139,8 @@ class Framing:
             return Fault.LENGTH
         return check_block(frame, head, key, payload, self.seal)
 
-    def _head(self, key: bytes, nonce: bytes = b"") -> bytes:
-        head = Head(self.seal.number, self.layout.block_bytes, self._fingerprint, key, nonce)
-        return head.packed()
+    def _head(self, key: bytes, nonce: bytes) -> bytes:
+        return self._front + key + nonce + _ZERO
 
 
 def _check(data: bytes) -> bytes:
