@@ -130,11 +130,16 @@ def first_token(args: argparse.Namespace) -> None:
             works = {
                 "computed": lambda: ask_once(model, [], prompt),
                 "host": lambda: ask_again(host, prompt),
+                "device": lambda: ask(host, prompt),  # all of it is still there
             }
             for name, url in tiers.items():
-                works[name] = lambda url=url: ask_once(model, [url], prompt)
+                works[f"{name}_new_engine"] = lambda url=url: ask_once(model, [url], prompt)
             raw = {name: RawReader(url, args.prompt // BLOCK_SIZE) for name, url in urls.items()}
-            answers, raw_seconds = _turns(works, raw, args.repeats)
+            with contextlib.ExitStack() as engines:
+                for name, url in urls.items():
+                    engine = engines.enter_context(engine_over(model, [url], args.prompt))
+                    works[name] = lambda engine=engine: ask_again(engine, prompt)
+                answers, raw_seconds = _turns(works, raw, args.repeats)
     _report(answers, raw_seconds, args)
 
 
@@ -208,9 +213,9 @@ def _report(answers: Answers, raw_seconds: Seconds, args: argparse.Namespace) ->
         add(f"first_token_{name}", statistics.median(seconds) * 1e3, "ms", cached_tokens=cached)
         ratios = [a / b for a, b in zip(seconds, computed, strict=True)]
         add(f"first_token_{name}_of_computed", statistics.median(ratios), "ratio")
-        if name in raw_seconds:
-            raw = raw_seconds[name]
-            add(f"first_token_{name}_raw", statistics.median(raw) * 1e3, "ms")
+        if raw := raw_seconds.get(name.removesuffix("_new_engine")):
+            if name in raw_seconds:
+                add(f"first_token_{name}_raw", statistics.median(raw) * 1e3, "ms")
             ratios = [a / (1.3 * b + LEAST_S) for a, b in zip(seconds, raw, strict=True)]
             add(f"first_token_{name}_of_goal", statistics.median(ratios), "ratio")
 
