@@ -21,6 +21,9 @@ from kvpager.storage.tiers.tiering_stats import TieringStats
 logger = logging.getLogger("kvpager")
 
 _CLEANED_PER_STEP = 64  # blocks offered to the stores, at most
+# While blocks are loaded, others are attached: each time at least so many blocks, and that part of
+# the prompt, because each time costs O(prompt).
+_ATTACHED_MIN, _ATTACHES = 32, 4
 _LAST_SAVES_S = 5.0
 _GRACE_S = 0.05  # for stores to end a load after its deadline
 
@@ -186,15 +189,15 @@ class Fetching:
             if not self._scheduler.is_held(request_id):  # it was cancelled
                 self._tiering.cancel(fetch)
                 continue
-            if fetch.is_done:
+            is_done = fetch.is_done
+            if is_done or len(fetch.slots) >= max(_ATTACHED_MIN, len(fetch.keys) // _ATTACHES):
                 room -= self._attach(request_id, fetch, room)
-                is_waiting = bool(fetch.slots)
-                if is_waiting:
-                    self._wake()  # the next step copies more
-            else:
-                is_waiting = now < fetch.deadline + _GRACE_S
-                if not is_waiting:
-                    self._tiering.cancel(fetch)
+            if fetch.slots and not room:
+                self._wake()  # the next step copies more
+            is_waiting = bool(fetch.slots) or not is_done
+            if not is_done and now >= fetch.deadline + _GRACE_S:
+                self._tiering.cancel(fetch)
+                is_waiting = False
             if is_waiting:
                 waiting.append(_Held(request_id, fetch))
             else:
@@ -203,12 +206,12 @@ class Fetching:
         return room
 
     def _attach(self, request_id: Hashable, fetch: Fetch, room: int) -> int:
-        """Attach up to `room` blocks for a request; return how many were copied at most."""
-        before = len(fetch.slots)
+        """Attach up to `room` loaded blocks for a request; return how many were copied at most."""
+        first = fetch.first
         tokens = self._tokens_by_store.setdefault(request_id, {})
-        for store, count in self._tiering.attach(fetch, room).items():
+        for store, count in self._tiering.attach(fetch, room, early=True).items():
             tokens[store] = tokens.get(store, 0) + count
-        return min(before - len(fetch.slots), room)  # a useless fetch drops all of its blocks
+        return min(fetch.first - first, room)  # a useless fetch drops all of its blocks
 
     def _clean(self, room: int) -> None:
         if room:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
 from kvpager.errors import RequestCancelled
+from kvpager.storage.tiers.protocol import Outcomes
 from kvpager.storage.tiers.tiering import Tiering
-from tests.support.toy_runner import ToyEngine, expected
+from tests.support.toy_runner import BLOCK_SIZE, ToyEngine, expected
 from tests.support.toy_tiers import (
     BLOCK_BYTES,
     PROMPT,
@@ -83,6 +85,32 @@ def test_others_run_while_a_prompt_is_fetched() -> None:
         assert not held.done
         slow.gate.set()
         assert held.result(60).cached_tokens_by_tier == {"dict": 36}
+
+
+def test_loaded_blocks_are_attached_while_others_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(40 * BLOCK_SIZE))
+    filled = store()
+    with TieredEngine([filled]) as engine:
+        engine.ask(prompt).result(60)
+        engine.saved()
+    load, rest = filled.load, threading.Event()
+
+    def load_the_rest_late(keys: Any, into: Any, deadline: float) -> Outcomes:
+        assert filled.num_loads < 32 or rest.wait(60)
+        return load(keys, into, deadline)
+
+    monkeypatch.setattr(filled, "load", load_the_rest_late)
+    filled.is_closed = False
+    with TieredEngine([filled], max_wait_s=60) as engine:
+        stream = engine.ask(prompt)
+        while engine.scheduler.manager.match_prefix(prompt) < 32 * BLOCK_SIZE:
+            pass
+        assert not stream.done
+        rest.set()
+        assert stream.result(60).cached_tokens_by_tier == {"dict": 39 * BLOCK_SIZE}
+        assert filled.num_loads == 39
+        engine.saved()
+        assert engine.staging.num_free == engine.slots
 
 
 def test_a_late_store_costs_one_deadline() -> None:

@@ -62,6 +62,7 @@ class Fetch:
     ticket: int = 0
     awaited: set[int] = field(default_factory=set)
     stop: int = sys.maxsize
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def is_done(self) -> bool:
@@ -82,11 +83,24 @@ class Fetch:
             return len(self.blocks.to_load(self.blocks.cached.shape[1]))
         return len(self.keys) - self.first
 
+    @property
+    def missing(self) -> list[bytes]:
+        """The keys of the blocks that are not loaded, in order. O(blocks)."""
+        with self._lock:
+            return self.keys[self.first + len(self.slots) :]
+
+    def add(self, slots: list[int], source: int) -> None:
+        """Add the next blocks, which were loaded from one store. O(slots)."""
+        with self._lock:
+            self.slots += slots
+            self.sources += [source] * len(slots)
+
     def take(self, count: int) -> tuple[list[int], list[int]]:
         """Remove the first `count` loaded blocks. Returns their slots and sources. O(blocks)."""
-        slots, self.slots = self.slots[:count], self.slots[count:]
-        sources, self.sources = self.sources[:count], self.sources[count:]
-        self.first += count
+        with self._lock:
+            slots, self.slots = self.slots[:count], self.slots[count:]
+            sources, self.sources = self.sources[:count], self.sources[count:]
+            self.first += count
         return slots, sources
 
     def cut(self) -> list[int]:
@@ -105,9 +119,9 @@ class Loader:
         staging: SlotMemory,
         dropper: Dropper,
         recompute_s: Callable[[int], float] | None,
-        on_end: Callable[[], None],
+        on_progress: Callable[[], None],
     ) -> None:
-        """Call `on_end` on a thread when a fetch is done.
+        """Call `on_progress` on a thread when blocks were loaded, and when a fetch is done.
 
         A store is left out if `recompute_s`, of a number of blocks, is less than its estimate.
         """
@@ -115,7 +129,7 @@ class Loader:
         self._staging = staging
         self._dropper = dropper
         self._recompute_s = recompute_s
-        self._on_end = on_end
+        self._on_progress = on_progress
         self.costs = [TransferCost() for _ in self._stores]
         self._threads = ThreadPoolExecutor(2, "kvpager-load")
         self._closing = threading.Event()
@@ -136,7 +150,7 @@ class Loader:
 
     def start(self, fetch: Fetch) -> None:
         """Load the blocks of a fetch soon, until one is missing, late, or has no slot. O(1)."""
-        fetch.work.add_done_callback(lambda _: self._on_end())
+        fetch.work.add_done_callback(lambda _: self._on_progress())
         try:
             self._threads.submit(self._run, fetch)
         except RuntimeError:  # the interpreter ends, and executors take no more work
@@ -156,7 +170,7 @@ class Loader:
         def give_back(_: Future[None]) -> None:
             slots, fetch.slots = fetch.slots, []
             self._staging.give(slots)
-            self._on_end()
+            self._on_progress()
 
         fetch.is_void = True  # its thread begins no more transfers
         fetch.work.cancel()  # if no thread has begun it
@@ -174,7 +188,7 @@ class Loader:
 
     def _load_from(self, fetch: Fetch, number: int) -> None:
         """Load the next blocks from one store, as many as it has."""
-        wanted = fetch.keys[fetch.first + len(fetch.slots) :]
+        wanted = fetch.missing
         if not wanted or self._is_over(fetch):
             return
         surplus = self._dropper.drop_surplus(number)  # blocks that are too old are not served
@@ -277,12 +291,12 @@ class Loader:
             self._add(fetch, number, keys, slots[:num_hits])
         gone = np.flatnonzero(np.isin(outcomes, _GONE)).tolist()
         self._dropper.tell(number, [keys[index] for index in gone], is_kept=False)
+        self._on_progress()
         return num_hits == len(keys)
 
     def _add(self, fetch: Fetch, number: int, keys: list[bytes], slots: list[int]) -> None:
         """Note that slots hold the blocks of leading keys."""
-        fetch.slots += slots
-        fetch.sources += [number] * len(slots)
+        fetch.add(slots, number)
         self._dropper.tracked.add(number, fetch.identity["namespace"], keys[: len(slots)])
 
     def close(self) -> None:

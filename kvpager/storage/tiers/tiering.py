@@ -1,7 +1,7 @@
 """Moves cached blocks between a block manager and the stores below it.
 
     begin(prompt) ─▶ Fetch ─▶ a thread finds and loads blocks into staging, in order
-    attach(fetch)             between steps: staging ─▶ blocks ─▶ the prefix cache
+    attach(fetch)             between steps: staging ─▶ blocks ─▶ the prefix cache, as they arrive
                                                 └─▶ the stores above the one they came from
     clean(count)              between steps: the blocks that leave next ─▶ staging ─▶ stores
 
@@ -72,7 +72,7 @@ class Tiering:
 
     Attributes:
         followers: the transfers of other ranks, and their answers.
-        on_progress: called by the threads when a load or a save has ended.
+        on_progress: called by the threads when blocks were loaded or saved.
         is_clean: True if the last `clean` found no block to save.
         prompts: saves the blocks of a prompt that other processes wait for.
         step_blocks_max: how many blocks `attach` and `clean` should copy in one step together.
@@ -193,19 +193,27 @@ class Tiering:
         """True if a block can be saved now. O(1)."""
         return self._staging.num_free > 0
 
-    def attach(self, fetch: Fetch, most: int | None = None) -> dict[str, int]:
-        """Put loaded blocks of a finished fetch into the prefix cache, at most `most`. O(bytes).
+    def attach(
+        self, fetch: Fetch, most: int | None = None, *, early: bool = False
+    ) -> dict[str, int]:
+        """Put loaded blocks of a fetch into the prefix cache, at most `most`. O(bytes).
 
+        The fetch is done, or with `early` it may load others meanwhile: call this again then.
         `fetch.slots` are those that are left for another call. Returns the number of tokens that
         it added from each store, by name. If the pool has no room, or cached blocks before them
-        left meanwhile, the fetch has no blocks left, and adds none.
+        left meanwhile, the fetch is void: it has no blocks left, and adds none.
         """
-        if not fetch.is_done:
+        is_done = fetch.is_done  # first: blocks that a thread adds later are for the next call
+        if not (is_done or early):
             raise ValueError("fetch: it is not done. Attach it later, or cancel it.")
         self._manager.host.lend()
-        self._staging.give(fetch.cut())
-        most = len(fetch.slots) if most is None else arguments.count("most", most)
-        if most == 0 and fetch.slots:
+        if is_done:
+            self._staging.give(fetch.cut())
+        elif self.followers.count or fetch.blocks is not None:
+            return {}  # what others lack, or which blocks a window needs, shows at the end
+        num_loaded = len(fetch.slots)
+        most = num_loaded if most is None else arguments.count("most", most)
+        if not min(most, num_loaded) and (num_loaded or not is_done):
             return {}
         self._unlist(fetch)
         added = None
@@ -214,13 +222,14 @@ class Tiering:
                 added = self._attach(fetch, most)
         finally:
             if added is None:
+                fetch.is_void = True
                 self._attacher.drop(fetch)
                 self._staging.give(fetch.take(len(fetch.slots))[0])
-        if fetch.slots:
-            self._fetching.setdefault(fetch.name, fetch)
-        else:
+        if is_done and not fetch.slots:
             self._live.discard(fetch)
             self.followers.end(fetch)
+        elif not fetch.is_void and (name := fetch.name):
+            self._fetching.setdefault(name, fetch)
         return added or {}
 
     def _attach(self, fetch: Fetch, count: int) -> dict[str, int] | None:

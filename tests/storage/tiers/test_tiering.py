@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import pytest
 
 from kvpager.storage.tiers.loading import Fetch
+from kvpager.storage.tiers.protocol import Outcomes
 from tests.support.dict_store import DictStore
 from tests.support.tier_node import SIZE, Node, finished, prompt
 
@@ -427,4 +429,40 @@ def test_a_part_that_left_meanwhile_ends_the_fetch(other: Node) -> None:
     assert not fetch.slots
     assert other.staging.num_free == other.staging.num_slots
     assert other.fetch(prompt(1)) == 5
+    other.end()
+
+
+@pytest.mark.parametrize("is_cleared", [False, True])
+def test_a_fetch_may_be_attached_before_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, is_cleared: bool
+) -> None:
+    node, tokens, rest = Node(num_blocks=64, slots=64), prompt(1, 40 * SIZE), threading.Event()
+    node.compute(tokens)
+    node.clean()
+    (store,) = node.stores
+    load = store.load
+
+    def load_the_rest_late(keys: Any, into: Any, deadline: float) -> Outcomes:
+        assert not store.num_loads or rest.wait(60)
+        return load(keys, into, deadline)
+
+    monkeypatch.setattr(store, "load", load_the_rest_late)
+    other = Node(node.stores, num_blocks=64, slots=64, max_wait_s=60)
+    store.gate.clear()
+    fetch = other.tiering.begin(tokens)
+    assert fetch is not None
+    assert other.tiering.attach(fetch, early=True) == {}
+    store.gate.set()
+    while not fetch.slots:
+        pass
+    assert other.tiering.attach(fetch, 10, early=True) == {"dict": 10 * SIZE}
+    assert other.tiering.begin(tokens) is fetch  # shares what is left
+    if is_cleared:
+        other.manager.clear_prefix_cache()
+        assert other.tiering.attach(fetch, early=True) == {}
+    rest.set()
+    finished(fetch)
+    assert other.tiering.attach(fetch) == ({} if is_cleared else {"dict": 29 * SIZE})
+    assert other.staging.num_free == other.staging.num_slots
+    assert other.compute(tokens) == (0 if is_cleared else 39 * SIZE)
     other.end()
