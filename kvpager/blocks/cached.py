@@ -24,6 +24,7 @@ from kvpager.blocks.mm_hashes import Tag
 from kvpager.blocks.pool import KEYED, OFFERED, PASSING, STORES
 from kvpager.blocks.radix import Node
 from kvpager.blocks.state import BlockState
+from kvpager.blocks.upcoming import Index, Upcoming
 from kvpager.plans import NO_BLOCKS, Int32
 
 NUM_STORES_MAX = STORES.bit_length()
@@ -54,6 +55,7 @@ class CachedBlocks:
 
     def __init__(self, state: BlockState) -> None:
         self._state = state
+        self._upcoming = Upcoming(state)
         self._keying: Keying | None = None
         # Entries of blocks that left stay until the block gets another key.
         self._key_of: dict[int, bytes] = {}
@@ -70,21 +72,24 @@ class CachedBlocks:
         Those are dirty blocks that were not offered since they became idle. They come in the order
         of evictions if they are among the next 8 * `count` blocks; others follow by their rank.
         With `ahead`, all come by their rank, and only blocks that leave while the next `ahead`
-        blocks are taken, by rank. O(blocks), O(8 * count * log blocks) if there is one.
+        blocks are taken, by rank. O(blocks), O(8 * count * log blocks) if there is one. With
+        `ahead`, O(new idle blocks), and O(blocks) after each `ahead` / 4 blocks that left.
         Raises: `ValueError`, `TypeError` for a bad argument.
         """
         count = arguments.count("count", count)
         ahead = None if ahead is None else arguments.count("ahead", ahead)
         state = self._state
         with state.lock, state.change:
-            wanted = self._to_offer()
+            if ahead is not None:
+                state.change.begin()
+                state.evictor.refresh(_LOOK_AT * count)
+                return self._upcoming.first(count, ahead, self._are_to_offer)
+            wanted = self._are_to_offer()
             count = min(count, int(np.count_nonzero(wanted)))
             if not count:
                 return NO_BLOCKS
             state.change.begin()  # the policy may change ranks
             state.evictor.refresh(_LOOK_AT * count)
-            if ahead is not None:
-                return self._by_rank(wanted & self._are_near(ahead), count)
             next_, is_used_up = preview.leaving(
                 state.evictor, count, lambda blocks: wanted[blocks], _LOOK_AT * count
             )
@@ -98,27 +103,14 @@ class CachedBlocks:
         ranks = self._state.evictor.policy.rank(blocks)
         return blocks[np.argsort(ranks, kind="stable")][:count].astype(np.int32)
 
-    def _are_near(self, ahead: int) -> NDArray[np.bool_]:
-        """Return which idle blocks rank lowest, as many as `ahead` blocks need evictions."""
-        pool, near = self._state.pool, self._are_idle()
-        count, idle = max(ahead - pool.num_free, 0), np.flatnonzero(near)
-        if count < len(idle):
-            ranks = self._state.evictor.policy.rank(idle)
-            near[idle] = ranks <= np.partition(ranks, count - 1)[count - 1] if count else False
-        return near
-
-    def _to_offer(self) -> NDArray[np.bool_]:
+    def _are_to_offer(self, blocks: Index | slice = slice(None)) -> NDArray[np.bool_]:
         """Return which blocks are idle, dirty, not passing, and not offered since idle."""
-        idle = self._are_idle()
-        idle &= self._state.pool.marks & (STORES | OFFERED | PASSING) == 0
-        return idle
-
-    def _are_idle(self) -> NDArray[np.bool_]:
         pool = self._state.pool
-        idle: NDArray[np.bool_] = pool.cached & (pool.refs == 0)
+        wanted: NDArray[np.bool_] = pool.cached[blocks] & (pool.refs[blocks] == 0)
         if pool.num_holds:
-            idle &= pool.holds == 0
-        return idle
+            wanted &= pool.holds[blocks] == 0
+        wanted &= pool.marks[blocks] & (STORES | OFFERED | PASSING) == 0
+        return wanted
 
     def keys(self, blocks: Int32, keying: Keying) -> list[bytes]:
         """Return the content keys of published blocks. O(blocks + blocks before them, once).
@@ -210,6 +202,7 @@ class CachedBlocks:
             index = self._blocks_of(keys)
             self._state.change.begin()
             self._state.pool.marks[index] &= ~bit
+            self._state.pool.note_idle(index)
 
     def hold(self, blocks: Int32) -> int:
         """Keep the content of published blocks until `release`. Returns a ticket. O(blocks).

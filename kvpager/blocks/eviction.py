@@ -68,6 +68,7 @@ class Evictor:
     def enqueue_idle(self, blocks: Blocks) -> None:
         """Queue the idle blocks among `blocks` again: their rank changed. O(blocks)."""
         self.enqueue(blocks[self.idle(blocks)])
+        self._pool.idled = None
 
     def enqueue_node(self, node: Node) -> None:
         """Queue a node, or defer it. O(log nodes)."""
@@ -274,6 +275,7 @@ class Evictor:
         """Queue all nodes again, by their current ranks. O(n log n)."""
         for queue in self._queues.values():
             queue.clear()
+        self._pool.idled = None
         for node in self._forest.walk():
             if node.parent is not None:
                 self.enqueue_node(node)

@@ -24,6 +24,7 @@ from kvpager.plans import Int32, Int64
 # Bits of `marks`, see `kvpager.blocks.cached`: stores, offered to stores, the content key is known,
 # passing (see `groups/continuations.py`).
 STORES, OFFERED, KEYED, PASSING = (1 << 7) - 1, 1 << 7, 1 << 8, 1 << 9
+_IDLED_MAX = 1024  # arrays
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
@@ -68,6 +69,9 @@ class BlockPool:
         self.marks: NDArray[np.uint16] = np.zeros(num_blocks, np.uint16)
         self.counts_dirty = False
         self.num_dropped_dirty = 0  # evicted blocks that no store had
+        # Blocks that became idle since a reader set this to []; None if more than that changed.
+        self.idled: list[Index] | None = None
+        self.num_revived = 0  # idle blocks that were used again
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held
         self.num_holds = 0
@@ -151,6 +155,7 @@ class BlockPool:
                 kept = self.holds[idle] > 0
                 self.num_kept -= int(np.count_nonzero(kept))
                 idle = idle[~kept]
+            self.num_revived += len(idle)
             self._count_evictable(idle, -1)
         self.refs[index] = refs + times
 
@@ -259,7 +264,15 @@ class BlockPool:
             self._push(idle[~cached])
             idle = idle[cached]
         self._count_evictable(idle, 1)
+        self.note_idle(idle)
         return idle
+
+    def note_idle(self, blocks: Index) -> None:
+        """Name blocks to the reader of `idled`. O(blocks)."""
+        if self.idled is not None:
+            self.idled.append(blocks.copy())
+            if len(self.idled) > _IDLED_MAX:
+                self.idled = None
 
     def _push(self, blocks: Index) -> None:
         self._stack[self._stack_size : self._stack_size + len(blocks)] = blocks
@@ -316,6 +329,7 @@ class BlockPool:
             after[:kept] = before[:kept]
             after[new] = before[old]
             setattr(self, name, after)
+        self.idled = None
         self.marks &= np.uint16(STORES | PASSING)  # the keys of blocks that move do not move along
         num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
         free = self._stack[: self._stack_size]

@@ -375,3 +375,67 @@ def test_no_block_is_ahead_while_blocks_are_free() -> None:
     assert not len(manager.cached.leaving(8, 5))
     assert len(manager.cached.leaving(8, 6)) == 3  # of one use, so of one rank
     assert len(manager.cached.leaving(2, 6)) == 2
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lifetime"])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_block_leaves_before_it_was_ahead(seed: int, eviction: str) -> None:
+    chance, maker = random.Random(seed), keying()
+    manager = BlockManager(64, SIZE, eviction=eviction)
+    fronts = [[chance.randrange(9) for _ in range(16)] for _ in range(24)]
+    held = []
+    for _ in range(300):
+        front = chance.choice(fronts)
+        held.append(manager.allocate([*front[: chance.randrange(1, 17)], chance.randrange(99)]))
+        manager.commit(held[-1])
+        while len(held) > chance.randrange(6):
+            manager.free(held.pop(chance.randrange(len(held))))
+        if chance.random() < 0.2:  # a store lost blocks
+            blocks = np.flatnonzero(manager._state.pool.cached)
+            some = np.array(chance.sample(blocks.tolist(), len(blocks) // 4), np.int32)
+            manager.cached.mark_dirty(manager.cached.keys(some, maker), 0)
+        while len(blocks := manager.cached.leaving(5, 16)):
+            manager.cached.mark_clean(manager.cached.keys(blocks, maker), 0)
+    manager.check()
+    assert manager.stats().total_evicted > 100
+    assert manager.cached.num_dropped_dirty == 0
+
+
+def test_a_step_does_not_rank_the_whole_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, maker, ranked = BlockManager(4096, SIZE), keying(), list[int]()
+    for seed in range(1024):
+        cached(manager, [seed] * 4 * SIZE)
+    policy = manager._state.evictor.policy
+    rank = policy.rank
+    monkeypatch.setattr(policy, "rank", lambda blocks: ranked.append(len(blocks)) or rank(blocks))
+    for seed in range(200):
+        cached(manager, [seed] * 2 * SIZE + [1])
+        while len(blocks := manager.cached.leaving(64, 512)):
+            manager.cached.mark_clean(manager.cached.keys(blocks, maker), 0)
+    assert manager.cached.num_dropped_dirty == 0
+    assert sum(ranked) < 12 * 4096  # not 200 times
+
+
+def test_blocks_that_become_idle_may_be_ahead() -> None:
+    manager = BlockManager(8, SIZE)
+    cached(manager, [1] * 16)
+    manager.cached.mark_offered(manager.cached.leaving(8, 8))
+    held = manager.allocate([2] * 16)
+    manager.commit(held)
+    assert not len(manager.cached.leaving(8, 8))
+    manager.free(held)
+    assert len(manager.cached.leaving(8, 8)) == 4
+
+
+def test_blocks_that_are_used_again_leave_others_ahead() -> None:
+    manager, maker = BlockManager(64, SIZE), keying()
+    for seed in range(16):
+        cached(manager, [seed] * 16)
+    for seed in range(4):
+        blocks = manager.cached.leaving(64, 16)
+        manager.cached.mark_clean(manager.cached.keys(blocks, maker), 0)
+        cached(manager, [seed] * 16)
+    blocks = manager.cached.leaving(64, 16)
+    manager.cached.mark_clean(manager.cached.keys(blocks, maker), 0)
+    manager.allocate(16 * SIZE)
+    assert manager.cached.num_dropped_dirty == 0

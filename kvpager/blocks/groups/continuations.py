@@ -48,6 +48,7 @@ class Continuations:
     def keep(self, blocks: Int32) -> None:
         """Let blocks be offered: a prompt continues from them. O(blocks)."""
         self._state.pool.marks[blocks] &= ~np.uint16(PASSING)
+        self._state.pool.note_idle(blocks.astype(np.intp))
 
     def end(self, row: int) -> None:
         """Keep the blocks in the last window of a sequence that ends. O(window)."""

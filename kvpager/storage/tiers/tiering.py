@@ -267,7 +267,7 @@ class Tiering:
         return has_moved or self._saver.has_news
 
     def has_dirty(self) -> bool:
-        """Return True if `clean` would find a block to offer. O(blocks)."""
+        """Return True if `clean` would find a block to offer. As `CachedBlocks.leaving`."""
         return len(self._leaving(1)) > 0
 
     def _leaving(self, count: int) -> Int32:

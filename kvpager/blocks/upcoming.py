@@ -1,0 +1,103 @@
+"""The idle blocks that leave next: ranked once, and followed until others leave next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.blocks.state import BlockState
+from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64
+
+_SLACK_PART = 4  # a quarter more blocks are ranked than are looked for
+_LOOK_AT = 512  # blocks at a time
+
+Index = NDArray[np.intp]
+
+
+class Upcoming:
+    """Finds wanted blocks among those that leave while the next `ahead` blocks are taken.
+
+        blocks   - - - - - + - + + - | . . . . . .     by rank; +: wanted
+                           seen      end
+
+    Blocks that become idle later are added if they rank as low as those. `BlockPool.idled` names
+    them, and says when all have to be ranked anew.
+    """
+
+    def __init__(self, state: BlockState) -> None:
+        self._state = state
+        self._ahead = 0
+        self._blocks: Index = np.empty(0, np.intp)
+        self._ranks: Float64 | Int64 = np.empty(0, np.int64)
+        self._bound: float = np.inf  # idle blocks of a higher rank are left out
+        self._num_left = 0  # when the blocks were ranked
+        self._seen = 0
+
+    def first(self, count: int, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> Int32:
+        """Return the first `count` wanted blocks, by rank, int32 [n]. O(blocks looked at).
+
+        A block that is not wanted is looked at once. All are ranked after each `ahead` / 4 blocks
+        that left or were used again, in O(blocks). `wanted` may be True for idle blocks only.
+        """
+        self._follow(ahead, wanted)
+        found, at, end = NO_BLOCKS, self._seen, self._end()
+        while len(found) < count and at < end:
+            part = self._blocks[at : min(at + _LOOK_AT, end)]
+            hits = wanted(part)
+            hits &= self._rank(part) <= self._bound  # not used again since
+            if not len(found):
+                self._seen = at + (int(hits.argmax()) if hits.any() else len(part))
+            found = np.concatenate([found, part[hits].astype(np.int32)])
+            at += len(part)
+        return found[:count]
+
+    def _follow(self, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> None:
+        """Rank all idle blocks if needed, or add those that became idle."""
+        pool = self._state.pool
+        idled, pool.idled = pool.idled, []  # first: a policy that fails now changes all ranks
+        before, self._ahead = self._ahead, ahead
+        is_short = self._num_near > len(self._blocks) and self._bound < np.inf
+        if idled is None or ahead != before or is_short:
+            idle = pool.cached & (pool.refs == 0)
+            if pool.num_holds:
+                idle &= pool.holds == 0
+            self._bound = np.inf
+            self._set(np.flatnonzero(idle))
+        elif idled:
+            new = np.concatenate(idled)
+            new = new[wanted(new)]
+            new = new[self._rank(new) <= self._bound]
+            if len(new):
+                both = np.union1d(self._blocks, new)
+                both = both[pool.cached[both] & self._state.evictor.idle(both)]
+                self._set(both[self._rank(both) <= self._bound])
+
+    def _set(self, blocks: Index) -> None:
+        """Keep the blocks that leave next, and some more."""
+        self._num_left = self._count_left()
+        ranks, most = self._rank(blocks), self._num_near + self._ahead // _SLACK_PART
+        if most < len(blocks):
+            self._bound = np.partition(ranks, most - 1)[most - 1] if most > 0 else -np.inf
+            blocks, ranks = blocks[ranks <= self._bound], ranks[ranks <= self._bound]
+        order = np.argsort(ranks, kind="stable")
+        self._blocks, self._ranks, self._seen = blocks[order], ranks[order], 0
+
+    @property
+    def _num_near(self) -> int:
+        """How many of the blocks leave, or have left, until `ahead` more are taken."""
+        num_left = self._count_left() - self._num_left
+        return self._ahead - self._state.pool.num_free + num_left
+
+    def _count_left(self) -> int:
+        """Return how many idle blocks were evicted or used again, ever."""
+        return self._state.totals["total_evicted"] + self._state.pool.num_revived
+
+    def _end(self) -> int:
+        """Return how many of the blocks are near. Blocks of one rank are, if one of them is."""
+        end = min(max(self._num_near, 0), len(self._blocks))
+        return int(np.searchsorted(self._ranks, self._ranks[end - 1], "right")) if end else 0
+
+    def _rank(self, blocks: Index) -> Float64 | Int64:
+        return self._state.evictor.policy.rank(blocks)
