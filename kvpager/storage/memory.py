@@ -20,6 +20,7 @@ HUGE_PAGE_BYTES = 2 << 20
 # In smaller tensors, huge pages waste more memory than they save time.
 _LEAST_BYTES = 4 * HUGE_PAGE_BYTES
 _MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23  # since Linux 5.14
 _PAGE_BYTES = 4096
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for all GPUs, not only the current one
 
@@ -64,6 +65,18 @@ def host_pages(num_blocks: int, run: int, dtype: torch.dtype, *, pinned: bool) -
         # The tensor keeps `pages` alive, and a finalizer runs before its object is freed.
         weakref.finalize(pages, unlock_pages, address).atexit = False
     return torch.from_numpy(pages).view(dtype).view(num_blocks, run)
+
+
+def populate(memory: Tensor, num_bytes: int) -> None:
+    """Let the system provide the first `num_bytes` of a CPU tensor now. O(bytes).
+
+    Otherwise it does at the first write, which takes longer than copying. The content stays.
+    Systems that cannot do so ignore the call.
+    """
+    stop = memory.data_ptr() + min(num_bytes, memory.nbytes)
+    start = -(-memory.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+    if (advise := _madvise()) is not None and start < stop:
+        advise(start, stop - start, _MADV_POPULATE_WRITE)
 
 
 def lock_pages(address: int, num_bytes: int) -> None:

@@ -13,8 +13,10 @@ from kvpager import _validate as arguments
 from kvpager.plans import Int32
 from kvpager.storage import streams
 from kvpager.storage.block_storage import BlockStorage
-from kvpager.storage.memory import host_pages
+from kvpager.storage.memory import host_pages, populate
 from kvpager.storage.tiers.host import HostStore
+
+_READY_BYTES = 64 << 20  # memory that is there before the first transfer
 
 
 class Staging:
@@ -32,10 +34,15 @@ class Staging:
     store: HostStore | None
 
     def __init__(self, storage: BlockStorage, num_slots: int) -> None:
-        """Allocate `num_slots` slots for blocks of `storage`. O(1), O(bytes) if page-locked."""
+        """Allocate `num_slots` slots for blocks of `storage`. O(bytes) if page-locked.
+
+        Otherwise the system provides 64 MiB now, and more when it is written.
+        """
         num_slots = arguments.count("num_slots", num_slots, at_least=1)
         tier = storage.tier()
         memory = host_pages(num_slots, tier.shape[1], tier.dtype, pinned=tier.is_cuda)
+        if not tier.is_cuda:
+            populate(memory, _READY_BYTES)
         self._begin(storage, memory, HostStore.over(_bytes(memory)))
         self.store, self._num_usable = None, num_slots
 
