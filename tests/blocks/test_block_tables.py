@@ -70,7 +70,7 @@ class Rows:
         assert len(ragged.data) <= 4 * spans + 2**16
 
 
-@pytest.mark.mostly_slow(quick=7)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_read_as_they_were_written(seed: int) -> None:
     rows = Rows(seed)

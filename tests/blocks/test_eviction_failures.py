@@ -58,7 +58,7 @@ def play(policy: EvictionPolicy, seed: int, steps: int = 120) -> BlockManager:
     return manager
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit])
 def test_a_policy_that_raises_is_replaced_and_harms_nothing(method, kind, caplog) -> None:
@@ -81,6 +81,7 @@ def test_a_policy_that_raises_is_replaced_and_harms_nothing(method, kind, caplog
     assert was_hit or method in ("reranked", "retain", "resize")
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(
     "answer",
     [
@@ -99,6 +100,7 @@ def test_a_policy_whose_ranks_are_none_is_replaced(answer: Callable[..., Any], c
     assert "Odd failed in rank" in caplog.text
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("answer", [[NUM_BLOCKS * 9], [-1], ["a"], None, 7, [[0]]])
 def test_a_policy_whose_reranked_blocks_are_none_is_replaced(answer: Any, caplog) -> None:
     policy_class = type("Odd", (LRU,), {"reranked": lambda self, count: answer})

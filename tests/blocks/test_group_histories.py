@@ -348,6 +348,7 @@ class TestFullGroup(ManagerConformance):
         return OneGroup(GroupedManager((None,), num_blocks, block_size, 6))
 
 
+@pytest.mark.slow
 class TestGroupWithALongWindow(ManagerConformance):
     histories = examples = 25
 

@@ -189,6 +189,7 @@ class Alarm:
             raise KeyboardInterrupt
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_random_interrupts_leave_a_consistent_manager(policy: str) -> None:
     chance, clock, made = random.Random(policy), Clock(), 0

@@ -231,7 +231,7 @@ def test_a_lowered_floor_makes_blocks_evictable_again() -> None:
     manager.check()
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("seed", range(6))
 def test_quotas_that_come_and_go_are_those_of_a_recount(seed: int) -> None:
     """Blocks leave in the same order as in a manager that counts from the start."""

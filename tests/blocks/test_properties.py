@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis.database import (
     DirectoryBasedExampleDatabase,
@@ -23,10 +24,18 @@ REGRESSIONS = DirectoryBasedExampleDatabase(
 )
 NEW = DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples")
 
-TestPagedMemory = PagedMemory.TestCase
-TestPagedMemory.settings = settings(
-    max_examples=400,
+FEW = settings(
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     database=MultiplexedDatabase(NEW, ReadOnlyDatabase(REGRESSIONS)),
 )
+
+
+class TestPagedMemory(PagedMemory.TestCase):
+    settings = FEW
+
+
+@pytest.mark.slow
+class TestPagedMemoryAtLength(PagedMemory.TestCase):
+    settings = settings(FEW, max_examples=400)

@@ -167,6 +167,7 @@ def test_a_pool_can_shrink_and_grow_again_and_again() -> None:
     assert len(manager.block_tables(sequence)[0]) == 2
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_memory_that_obeys_the_plan_keeps_all_contents(seed: int) -> None:
     random = np.random.default_rng(seed)

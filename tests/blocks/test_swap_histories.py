@@ -72,7 +72,7 @@ def test_a_long_random_history_keeps_every_token(policy: str) -> None:
     assert min(stats.total_swapped_in, stats.total_swapped_out, stats.total_evicted) > 100
 
 
-@pytest.mark.mostly_slow(quick=16)
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("seed", range(20))
 def test_short_random_histories_in_a_tiny_pool(seed: int) -> None:
     manager = BlockManager(6, BLOCK_SIZE, 4)

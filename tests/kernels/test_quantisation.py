@@ -303,6 +303,7 @@ def test_gpu_append_stores_every_element_to_half_a_step(kv_cache_dtype: KVCacheD
         assert bool(((back - x.double()).abs() <= rounding_bound(x, kv_cache_dtype)).all())
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("kv_cache_dtype", KV)
 def test_a_long_cache_adds_no_error_beyond_rounding(

@@ -65,7 +65,7 @@ def test_every_architecture_does_as_unpatched(name: str) -> None:
             conformance.check(name, mode, variant)
 
 
-@pytest.mark.mostly_slow(quick=22)
+@pytest.mark.mostly_slow(quick=6)
 @pytest.mark.parametrize("name", each(tiny_models.ARCHITECTURES))
 def test_every_layer_of_plain_attention_is_paged(name: str) -> None:
     case = conformance.case_of(name, None)
@@ -104,7 +104,7 @@ def test_every_mode_does_as_unpatched(name: str, mode: str) -> None:
 # ---------------------------------------------------------------- the suite itself
 
 
-@pytest.mark.mostly_slow(quick=8)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", each(tiny_models.ARCHITECTURES))
 def test_text_varies_so_that_a_wrong_key_shows(name: str) -> None:
     sequences = run(conformance.case_of(name, None), max_new_tokens=24).sequences

@@ -158,6 +158,7 @@ def test_clear_forgets_prompts_of_caches_that_just_died() -> None:
 # ---------------------------------------------------------------- failed calls
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["plain", "prefix cache"])
 @pytest.mark.parametrize("layer", [None, 0, 1], ids=["before all", "first layer", "second layer"])
 def test_a_failed_prefill_leaves_an_empty_cache(layer: int | None, prefix_cache: bool) -> None:
@@ -436,6 +437,7 @@ def test_a_rotation_that_moves_with_the_length_ends_reuse(rope_type: str) -> Non
         assert (patch.stats().prefix_hit_tokens > 0) == (rope_type == "yarn")
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["plain", "prefix cache"])
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_cache_cropped_to_nothing_begins_anew(num_beams: int, prefix_cache: bool) -> None:

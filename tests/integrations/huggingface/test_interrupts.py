@@ -252,6 +252,7 @@ def test_generate_batch_after_an_interrupted_call_is_right(model, is_kept) -> No
             check_threads()
 
 
+@pytest.mark.slow
 def test_an_interrupted_session_ends_and_the_next_one_is_right(model) -> None:
     with kvpager.patch(model, memory="1MiB", block_size=4) as paging:
         managers: list[Any] = []

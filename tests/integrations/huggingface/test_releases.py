@@ -99,6 +99,7 @@ def foreign(kind: type[LlamaForCausalLM]) -> Any:
     return made.eval()
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_an_engine_passes_the_cache_by_the_models_name(kind):
     expected = text(tiny_models.tiny_model("llama"))
@@ -116,6 +117,7 @@ def test_an_engine_refuses_a_model_without_a_cache_argument():
         kvpager.Engine(foreign(Neither))
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefix_cache": True}], ids=str)
 def test_a_patched_model_of_either_name_writes_the_same_tokens(kind, options):
@@ -129,7 +131,7 @@ def test_a_patched_model_of_either_name_writes_the_same_tokens(kind, options):
         assert (paging.stats().prefix_hit_tokens > 0) == patching["prefix_cache"]
 
 
-@pytest.mark.mostly_slow(quick=16)
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("lengths", [[19], [19, 11], [21, 20]], ids=str)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("prefix_cache", [False, True])

@@ -36,6 +36,7 @@ def with_two_adapters() -> Any:
     return model.eval()
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_rows_may_have_an_adapter_each(beams: int, options: dict[str, Any]) -> None:
@@ -96,7 +97,7 @@ def steered(model: PreTrainedModel, how: str) -> Any:
         yield
 
 
-@pytest.mark.mostly_slow(quick=5)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("how", [*STEERED, "hook of all modules"])
 def test_rows_under_a_hook_are_neither_merged_nor_split(how: str, options: dict[str, Any]) -> None:

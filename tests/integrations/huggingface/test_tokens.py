@@ -99,7 +99,7 @@ def test_tokens_and_logits_are_those_of_unpatched_transformers(
     assert_same(paged, plain)
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", tiny_models.ENCODER_DECODERS)
 def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
@@ -113,7 +113,7 @@ def test_encoder_decoder_tokens_and_logits_are_those_of_unpatched_transformers(
     assert_same(paged, plain, own_error(name, "equal lengths", mode))
 
 
-@pytest.mark.mostly_slow(quick=6)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("mode", ["greedy", "four beams, three returned", "sampling"])
 @pytest.mark.parametrize("name", tiny_models.DECODERS + tiny_models.ENCODER_DECODERS)
 def test_gather_mode_reads_nothing_in_place_with_equal_tokens(name: str, mode: str) -> None:
@@ -125,6 +125,7 @@ def test_gather_mode_reads_nothing_in_place_with_equal_tokens(name: str, mode: s
     assert_same(paged, plain)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("block_size", [1, 2, 64])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_block_size_does_not_matter(name: str, block_size: int) -> None:
@@ -212,6 +213,7 @@ def test_beams_never_gather() -> None:
 # ---------------------------------------------------------------- ways of decoding
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
 def test_prompt_lookup_accepts_and_rejects_the_same_drafts(name: str) -> None:
     model = model_named(name)
@@ -277,6 +279,7 @@ def test_chunked_prefill_without_a_mask_gives_the_same_tokens(name: str) -> None
         assert torch.equal(tokens(model, inputs, prefill_chunk_size=5, pad_token_id=0), plain)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_input_embeddings_instead_of_ids(name: str) -> None:
     model = model_named(name)

@@ -139,7 +139,7 @@ MASKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("options", PATCHES.values(), ids=PATCHES)
 @pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
 def test_a_wrapper_may_hide_other_columns(change: Any, options: dict[str, Any]) -> None:

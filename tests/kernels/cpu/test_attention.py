@@ -132,7 +132,7 @@ def test_int8_attention_costs_no_more_than_dequantising_first(
 DIMS = [(n, n) for n in (8, 16, 24, 32, 64, 80, 96, 112, 128, 192, 256)]
 
 
-@pytest.mark.mostly_slow(quick=28)
+@pytest.mark.mostly_slow(quick=7)
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 @pytest.mark.parametrize(("key_dim", "value_dim"), [*DIMS, (1, 1), (33, 65), (576, 512), (7, 130)])
 def test_every_head_dim_and_group_size_agrees_with_the_reference(
@@ -197,7 +197,7 @@ def long_rows(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
-@pytest.mark.mostly_slow(quick=6)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_long_row_is_shared_among_threads(threads: int, native: Native) -> None:
     arguments = long_rows()

@@ -48,7 +48,7 @@ SHORT = [name for name, case in CASES.items() if sum(length for _, length in cas
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-@pytest.mark.mostly_slow(quick=6)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", SHORT)
 def test_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> None:
@@ -58,7 +58,7 @@ def test_attention_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype) -> 
     assert_as_exact_as_plain_torch(case, call, output, dtype)
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(
     ("name", "block_size"), [(name, (3, 32)[index % 2]) for index, name in enumerate(SHORT)]
 )
@@ -84,7 +84,7 @@ QUANTISED = (
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 
 
-@pytest.mark.mostly_slow(quick=4)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kv_cache_dtype", KV)
 @pytest.mark.parametrize("name", QUANTISED)
@@ -139,7 +139,7 @@ def test_values_of_tiny_scale_keep_their_digits_in_fp16() -> None:
     torch.testing.assert_close(output.float(), torch.full((1, 1, 16), 1e-5), rtol=1e-2, atol=0)
 
 
-@pytest.mark.mostly_slow(quick=4)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(3, 1), (10, 2), (7, 1), (20, 1)])
 @pytest.mark.parametrize("heads_max", [64, 3])
 def test_any_number_of_query_heads_shares_a_kv_head(
@@ -154,6 +154,7 @@ def test_any_number_of_query_heads_shares_a_kv_head(
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("dims", [(8, 8), (80, 80), (96, 32), (192, 128), (256, 256)])
 def test_head_dims_need_not_be_powers_of_two(dims: tuple[int, int]) -> None:
     case = Case(((2, 15), (1, 33)), key_dim=dims[0], value_dim=dims[1])
@@ -162,7 +163,7 @@ def test_head_dims_need_not_be_powers_of_two(dims: tuple[int, int]) -> None:
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
-@pytest.mark.mostly_slow(quick=7)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 47, 48, 49])
 @pytest.mark.parametrize("paged_attention", [by_triton, in_pieces])
 def test_rows_of_awkward_lengths(length: int, paged_attention: Any) -> None:
@@ -173,6 +174,7 @@ def test_rows_of_awkward_lengths(length: int, paged_attention: Any) -> None:
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("window", [None, 44])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_tiles_that_some_queries_see_in_part_are_masked(
@@ -203,6 +205,7 @@ def test_queries_and_masks_may_be_views() -> None:
 
 
 # The lowest number of float64 is -inf in float32, of which NumPy warns.
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_mask_may_have_a_wider_dtype_than_the_queries(dtype: torch.dtype) -> None:
@@ -284,7 +287,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(external, "LONG_PREFILL", 5)
 
 
-@pytest.mark.mostly_slow(quick=4)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.usefixtures("flash_attn")
 @pytest.mark.parametrize(
     ("case", "block_size", "asked"),

@@ -197,7 +197,7 @@ def filled(kv_cache_dtype: Any, dtype: torch.dtype, block_size: int, heads: int,
     return storage, tables, lens
 
 
-@pytest.mark.mostly_slow(quick=11)
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 @pytest.mark.parametrize(
@@ -218,6 +218,7 @@ def test_gathered_tokens_equal_the_reference(
     assert expected.any()
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("to", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
 def test_gathered_tokens_may_be_of_another_dtype(kv_cache_dtype: Any, to: torch.dtype) -> None:
@@ -310,6 +311,7 @@ def test_copied_blocks_equal_the_reference(
         assert_same_bytes(expected, storage)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("staging_bytes", [1, 100, 1 << 20])
 def test_many_pairs_are_copied_slice_by_slice(
     staging_bytes: int, monkeypatch: pytest.MonkeyPatch

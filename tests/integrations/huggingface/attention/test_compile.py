@@ -205,6 +205,7 @@ def test_a_window_takes_no_more_graphs_than_full_attention() -> None:
     assert num_graphs() == 3
 
 
+@pytest.mark.slow
 def test_a_fork_is_served_by_the_graph_of_the_original(llama: PreTrainedModel) -> None:
     ids = tiny_models.prompts([13, 13])["input_ids"]
     call = torch.compile(llama, backend="eager", fullgraph=True)

@@ -312,6 +312,7 @@ def _stand_in() -> Iterator[None]:
     AttentionInterface.register("flash_attention_2", before)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.usefixtures("_stand_in")
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])

@@ -68,7 +68,7 @@ def spread_of_transformers(name: str, mode: str, expected: Any) -> float:
     return max(float((logits - exact).abs().max()) for logits, exact in pairs)
 
 
-@pytest.mark.mostly_slow(quick=7)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMED)
 def test_it_reads_blocks_in_place_and_gives_what_eager_gives(name: str, mode: str) -> None:
@@ -84,6 +84,7 @@ def test_it_reads_blocks_in_place_and_gives_what_eager_gives(name: str, mode: st
     assert (stats.in_place_reads > 0, stats.gathers > 0) == (in_place, not in_place)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "t5", "deepseek_v32"])
 def test_without_paging_it_gives_what_eager_gives(name: str) -> None:
     expected = generate(model_with(name, None))

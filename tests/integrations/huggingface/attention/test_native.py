@@ -44,6 +44,7 @@ def generate(model: Any, inputs: Any, **options: Any) -> Any:
     )  # fmt: skip
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_read_of_generate_is_the_native_kernels(
     kernel: PagedAttention, dtype: torch.dtype

@@ -17,6 +17,7 @@ from tests.support.cache_name import cache_of, passing
 from tests.support.llama_calls import block_bytes, generate, llama, long_prompt, tokens
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
 def test_what_fits_the_bound_gives_the_same_tokens(

@@ -367,6 +367,7 @@ quietly = pytest.mark.filterwarnings("ignore:You are calling .generate.. with th
 offloads = pytest.mark.parametrize("offload", OFFLOADS, ids=lambda offload: offload.__name__)
 
 
+@pytest.mark.mostly_slow(quick=3)
 @quietly
 @offloads
 @pytest.mark.parametrize("mode", MODES)

@@ -109,6 +109,7 @@ def test_too_little_host_memory_names_itself_and_leaves_nothing_behind() -> None
         assert_everything_is_given_back(patch)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(
     ("lengths", "options", "way"),
     [

@@ -52,6 +52,7 @@ def test_four_beams_share_their_prompt() -> None:
     assert peak < 1.2 * one_peak
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("chunk", [None, 100])
 @pytest.mark.parametrize("mode", [{"num_beams": 4}, {"do_sample": True, "num_return_sequences": 4}])
 def test_repeated_prompts_are_computed_once(mode: dict[str, Any], chunk: int | None) -> None:

@@ -83,6 +83,7 @@ def test_the_memory_named_in_an_error_is_what_a_call_takes(call: str) -> None:
         generate(llama(), inputs, **options)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "t5", "bloom", "qwen3_next"])
 def test_the_memory_named_in_an_error_suffices_for_other_layers(name: str) -> None:
     model, inputs = tiny_models.tiny_model(name), tiny_models.prompts([90, 60])

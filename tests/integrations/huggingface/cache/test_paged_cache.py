@@ -33,7 +33,7 @@ from tests.support.cache_calls import (  # noqa: E402
 # ---------------------------------------------------------------- from one call to the next
 
 
-@pytest.mark.mostly_slow(quick=5)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("prefix_cache", [False, True], ids=["no prefixes", "prefix cache"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +56,7 @@ def test_a_returned_cache_continues(name: str, batch: str, prefix_cache: bool) -
             assert all(map(torch.equal, turns(), plain))
 
 
-@pytest.mark.mostly_slow(quick=6)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_of_one_prompt_continue_apart(name: str, batch: str) -> None:
@@ -180,7 +180,7 @@ def test_kvpager_can_be_asked_for_by_name(name: str) -> None:
     assert cache.memory.counters.peak_held_bytes > 0
 
 
-@pytest.mark.mostly_slow(quick=16)
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("patched", [False, True], ids=["no patch", "patched"])
 @pytest.mark.parametrize("with_config", [False, True], ids=["no config", "config"])
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])

@@ -68,7 +68,7 @@ def assert_same(found: Any, expected: Any) -> None:
         torch.testing.assert_close(logits, exact, rtol=0, atol=2e-3 * float(exact.abs().max()))
 
 
-@pytest.mark.mostly_slow(quick=16)
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "gathered"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)

@@ -40,6 +40,7 @@ from tests.support.batching_calls import (  # noqa: E402
 # ---------------------------------------------------------------- the same outputs
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(
     "name", ["llama", "gemma3", "gpt2", "bloom", "deepseek_v3", "qwen3_next", "t5"]
 )

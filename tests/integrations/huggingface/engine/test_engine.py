@@ -44,6 +44,7 @@ def test_tokens_are_those_of_generate_for_each_prompt_alone(name):
     assert batched(model, prompts) == [alone(model, prompt) for prompt in prompts]
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_rows_computed_per_sequence_equal_packed_rows(name):
     model = tiny_models.tiny_model(name)
@@ -53,7 +54,7 @@ def test_rows_computed_per_sequence_equal_packed_rows(name):
     )
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("budget", [16, 17, 64, 1024])
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_chunks_of_any_size_make_no_difference(llama, budget, block_size):
@@ -62,7 +63,7 @@ def test_chunks_of_any_size_make_no_difference(llama, budget, block_size):
     assert found == [alone(llama, prompt) for prompt in prompts]
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -117,7 +118,7 @@ def test_custom_processors_and_criteria_are_asked(llama):
 
 @pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("costs", [PreemptionCosts(), PreemptionCosts(seconds_per_block=1e9)])
-@pytest.mark.parametrize("name", ["llama", "qwen3_next", "t5"])
+@pytest.mark.parametrize("name", ["qwen3_next", "llama", "t5"])
 def test_a_pool_for_few_requests_gives_the_same_tokens(name, costs):
     model = tiny_models.tiny_model(name)
     prompts = some_prompts(model, count=12, longest=60)
@@ -322,6 +323,7 @@ def test_scores_that_cannot_be_drawn_from_end_their_own_request():
         assert all(len(streams[i].result().token_ids) == 1 for i in (0, 2))
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize(
     "settings", [{"encoder_repetition_penalty": 3.0}, {"encoder_no_repeat_ngram_size": 2}]
@@ -332,6 +334,7 @@ def test_processors_that_look_at_the_prompt_see_it(name, settings):
     assert batched(model, prompts, settings) == [alone(model, p, **settings) for p in prompts]
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(("name", "block_size"), [("t5", 16), ("gpt2", 256), ("qwen3_next", 16)])
 def test_costs_are_measured_for_every_kind_of_model(name, block_size):
     model = tiny_models.tiny_model(name)

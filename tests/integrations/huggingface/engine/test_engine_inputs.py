@@ -65,7 +65,7 @@ FORMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.mostly_slow(quick=16)
+@pytest.mark.mostly_slow(quick=4)
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_computed(model: PreTrainedModel, side: str, form: str) -> None:

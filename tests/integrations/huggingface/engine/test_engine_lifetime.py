@@ -30,6 +30,7 @@ def test_a_request_ends_at_its_deadline(llama):
         assert_nothing_is_held(engine)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("kind", [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria"])
 def test_a_processor_that_raises_ends_its_own_request(llama, where, kind):

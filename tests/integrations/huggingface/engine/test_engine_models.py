@@ -61,6 +61,7 @@ CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 ON_QUERIES: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], **CAUSAL}
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(
     "config",
     [
@@ -121,6 +122,7 @@ def test_a_model_in_a_transparent_wrapper_is_served() -> None:
         Engine(Holder(model, scale=2.0), memory="4MiB")
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.filterwarnings("ignore:.*on a device type different:UserWarning")  # of 5.17
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("where", ["host memory", "disk"])

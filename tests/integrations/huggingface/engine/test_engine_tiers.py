@@ -70,6 +70,7 @@ def test_an_evicted_prompt_is_found_in_the_host_tier(model: Any, tokens: list[in
     assert output.cached_tokens_by_tier["host"] == output.num_cached_tokens > 0
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(
     "options", [{}, {"kv_cache_dtype": "int8"}, {"kv_cache_dtype": "fp8_e4m3"}]
 )
@@ -120,6 +121,7 @@ def test_a_named_model_is_found_by_its_name(model: Any, disk: str) -> None:
 # ------------------------------------------------------------------------------------ misses
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_model_or_layout_finds_nothing(model: Any, disk: str, other: str) -> None:
     saved_by(model, disk)

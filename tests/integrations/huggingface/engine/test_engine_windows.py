@@ -88,6 +88,7 @@ def test_tokens_are_those_of_generate_beyond_the_window(
         assert_empty(engine)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("way", ["swap", "recompute"])
 @pytest.mark.parametrize("name", MODELS)
 def test_preempted_requests_have_the_tokens_of_generate(name: str, way: str) -> None:
@@ -104,6 +105,7 @@ def test_preempted_requests_have_the_tokens_of_generate(name: str, way: str) -> 
         assert_empty(engine)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_of_a_prompt_share_it_and_part(name: str) -> None:
     options = {"max_new_tokens": 24, "do_sample": True, "num_return_sequences": 2, "seed": 3}
@@ -115,6 +117,7 @@ def test_samples_of_a_prompt_share_it_and_part(name: str) -> None:
         assert_empty(engine)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cancelled_request_leaves_no_block(name: str) -> None:
     with Engine(model(name), **OPTIONS) as engine:

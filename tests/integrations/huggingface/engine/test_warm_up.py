@@ -37,6 +37,7 @@ def alone(model: Any) -> list[int]:
     return ids[1:] if model.config.is_encoder_decoder else ids[len(PROMPT) :]
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(
     ("name", "memory"),
     [

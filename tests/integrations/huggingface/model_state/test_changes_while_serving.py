@@ -51,6 +51,7 @@ SEEN = [
 ]
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.parametrize("change", SEEN, ids=lambda change: change.__name__)
 def test_an_engine_reuses_nothing_after_its_model_changes(change: Change) -> None:
     model = llama()
@@ -145,6 +146,7 @@ def with_adapters() -> Any:
     return tuned.eval().get_base_model()
 
 
+@pytest.mark.mostly_slow(quick=3)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of PEFT's
 @pytest.mark.parametrize("by", ["processor", "criterion", "streamer"])
 @pytest.mark.parametrize("switch", [scaled, written, adapted], ids=lambda f: f.__name__)

@@ -162,6 +162,7 @@ UNTOLD = [
 ]
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
 @pytest.mark.parametrize(("make", "reason"), UNTOLD, ids=lambda each: getattr(each, "__name__", ""))
 def test_a_model_that_may_change_undetected_shares_nothing(make: Any, reason: str) -> None:
@@ -177,6 +178,7 @@ def test_a_model_that_may_change_undetected_shares_nothing(make: Any, reason: st
         assert reason in patch.report()
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
 @pytest.mark.parametrize(("make", "reason"), UNTOLD, ids=lambda each: getattr(each, "__name__", ""))
 def test_an_engine_whose_model_may_change_undetected_shares_nothing(make: Any, reason: str) -> None:

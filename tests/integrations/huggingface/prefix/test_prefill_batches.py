@@ -97,7 +97,7 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("options", MODES, ids=["greedy", "beams", "sampled"])
 def test_a_mixed_batch_computes_only_its_new_tokens(name: str, options: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ def test_a_shorter_prompt_may_use_part_of_a_longer_one() -> None:
         assert max(computed.columns) <= BLOCK
 
 
-@pytest.mark.mostly_slow(quick=4)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("lengths", [[60, 60], [60, 40], [33, 60], [80, 33, 50]], ids=str)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_reuse_is_right_whatever_the_left_padding(lengths: list[int], mode: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ def _rope(model: PreTrainedModel) -> None:
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
 
-@pytest.mark.mostly_slow(quick=5)
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize(
     "change",
     [

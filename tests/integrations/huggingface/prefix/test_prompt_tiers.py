@@ -90,6 +90,7 @@ def test_a_new_patch_finds_a_prompt_on_disk(model: Any, disk: str) -> None:
     assert f"{NUM_CACHED} tokens fetched" in patch.report()
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
 def test_a_padded_batch_is_found_again(model: Any, disk: str, mode: dict[str, Any]) -> None:
     if "num_return_sequences" in mode:

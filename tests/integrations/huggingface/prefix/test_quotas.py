@@ -139,6 +139,7 @@ def test_the_quota_named_in_an_error_suffices_and_is_tight(quota: int | str, uni
             generate(1, **options)
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("call", UNKEPT)
 def test_a_quota_bounds_calls_whose_prompts_are_not_kept(call: str) -> None:
     make, run = UNKEPT[call]
