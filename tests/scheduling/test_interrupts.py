@@ -71,7 +71,7 @@ def num_moments(step: int) -> int:
     return sys.maxsize - moment.left
 
 
-@pytest.mark.mostly_slow(quick=3)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("step", range(NUM_STEPS))
 def test_an_interrupted_scheduler_is_consistent_and_continues(step: int) -> None:
     total = num_moments(step)
@@ -85,6 +85,7 @@ def test_an_interrupted_scheduler_is_consistent_and_continues(step: int) -> None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.mostly_slow(quick=2)
 @pytest.mark.parametrize("step", range(0, NUM_STEPS, 3))
 def test_a_forced_exception_leaves_a_consistent_or_broken_scheduler(step: int) -> None:
     total = num_moments(step)

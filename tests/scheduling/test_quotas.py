@@ -61,6 +61,7 @@ def submit_some(scheduler: Scheduler, source: random.Random) -> dict[Hashable, i
     return samples
 
 
+@pytest.mark.mostly_slow(quick=6)
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("kind", ["blocks", "groups"])
 def test_random_requests_under_quotas_all_end(kind: str, seed: int) -> None:

@@ -46,6 +46,7 @@ def test_baseline_hits_like_the_algorithm_of_its_paper(name: str, size: int) -> 
     assert hits_of(name, keys, size) == REFERENCES[name](keys, size, size - 1)
 
 
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize("name", BASELINES)
 def test_baseline_survives_prompts_of_many_blocks(name: str) -> None:
     random = np.random.default_rng(3)
