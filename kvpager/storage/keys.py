@@ -105,13 +105,14 @@ def content_keys(
     return keys
 
 
-def shard_key(key: bytes, rank: int, layout: str) -> bytes:
+def shard_key(key: bytes, rank: int, layout: bytes) -> bytes:
     """Return the key under which rank `rank` keeps its shard of the block with this key. O(1).
 
-    `key` is a key of rank 0, which covers model, secret and tokens. `layout` is that of the shard.
+    `key` is a key of rank 0, which covers model, secret and tokens. `layout` is the fingerprint of
+    the shard's layout.
     """
-    fields = (key, rank.to_bytes(8, "little"), layout.encode())
-    return blake2b(_joined(fields), digest_size=KEY_BYTES, person=_SHARD).digest()
+    shard = key + rank.to_bytes(8, "little") + layout  # of fixed lengths
+    return blake2b(shard, digest_size=KEY_BYTES, person=_SHARD).digest()
 
 
 class PromptKeys:

@@ -166,13 +166,16 @@ def test_traffic_and_faults_at_random_give_the_same_tokens(
             asked = []
             for _ in range(12):
                 prompt = [*chance.choice(fronts)[: chance.randrange(1, 25)], chance.randrange(9)]
-                stream = engine.ask(prompt, 4, namespace=chance.choice([None, "a"]))
+                stream = engine.ask(
+                    prompt, 4, namespace=chance.choice([None, "a"]), n=chance.choice([1, 1, 2])
+                )
                 if chance.random() < 0.2:
                     stream.cancel()
                 asked.append((prompt, stream))
             for prompt, stream in asked:
                 with contextlib.suppress(RequestCancelled):
-                    assert stream.result(60).token_ids == expected(prompt, 4, num_ranks=2)
+                    for number, sample in enumerate(stream.result(60).samples):
+                        assert sample.token_ids == expected(prompt, 4, number, num_ranks=2)
             process.tell(chance.choice(["lose_some", "lose", "flip", "settle"]))
         engine.check_idle()
         assert engine.settle()["used"] == 0

@@ -271,10 +271,10 @@ def test_a_key_stays_the_same_from_release_to_release() -> None:
 
 def test_the_key_of_a_shard_covers_rank_and_layout_and_stays_the_same() -> None:
     key = bytes(range(32))
-    keys = [shard_key(key, *of) for of in ((1, "a"), (2, "a"), (1, "b"))]
-    keys.append(shard_key(bytes(32), 1, "a"))
+    keys = [shard_key(key, *of) for of in ((1, b"a"), (2, b"a"), (1, b"b"))]
+    keys.append(shard_key(bytes(32), 1, b"a"))
     assert len({key, *keys}) == 5
-    assert keys[0].hex() == "6c6cb4354d62588b7f3abc417194776808e86c97e97b1e21db7d1c89ba239c5f"
+    assert keys[0].hex() == "b8f1e3d7467c8cda65ad517b1cc61b2bca3bf7b5b398ffc25edf48292e7096bd"
 
 
 @pytest.mark.parametrize("secret", [b"short", b"s" * 15, b"s" * 65, "s" * 16, None, bytearray(16)])

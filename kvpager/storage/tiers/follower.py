@@ -69,7 +69,7 @@ class TierFollower:
         self.rank = arguments.count("rank", rank, at_least=1)
         self.stores = tuple(stores)
         self._staging = staging
-        self._layout = layout.text
+        self._layout = layout.fingerprint
         self._report = report
         dropper = Dropper(self.stores, NamespaceKeys(len(self.stores)))
         self._loader = Loader(staging, dropper, None, lambda: None)
