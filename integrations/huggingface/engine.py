@@ -151,7 +151,7 @@ class Engine:
         if info.device.type in warming.COMPILING:
             warming.warm_up(runner, config.max_batch_tokens, config.max_num_seqs)
         watch = ModelWatch(model, has_parts=True) if scheduler.prefix_cache else None
-        tiers = open_tiers(model, watch, config, storage, scheduler.manager, costs)
+        tiers = open_tiers(model, info, watch, config, storage, scheduler.manager, costs)
         begin = functools.partial(
             EngineCore,
             scheduler,

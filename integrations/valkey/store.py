@@ -109,6 +109,14 @@ class ValkeyStore:
             self._attempt(partial(self._find, keys, there))
         return there.index(False) if False in there else len(there)
 
+    def find_each(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return for each key whether the server seems to have the block. O(keys)."""
+        there = list[bool]()
+        if keys:
+            self._attempt(partial(self._find, keys, there, to_the_end=True))
+        there += [False] * (len(keys) - len(there))
+        return [has and key not in self._unusable for key, has in zip(keys, there, strict=True)]
+
     def load(self, keys: Sequence[bytes], into: Sequence[memoryview], deadline: float) -> Outcomes:
         start = time.perf_counter()
         views = self._views("into", keys, into)
@@ -157,11 +165,19 @@ class ValkeyStore:
 
     # ------------------------------------------------------------- on a connection
 
-    def _find(self, keys: Sequence[bytes], there: list[bool], deadline: float, wire: Wire) -> None:
+    def _find(
+        self,
+        keys: Sequence[bytes],
+        there: list[bool],
+        deadline: float,
+        wire: Wire,
+        *,
+        to_the_end: bool = False,
+    ) -> None:
         for part in self._parts(keys):
             found = wire.exists([PREFIX + key for key in part], deadline)
             there += found
-            if not all(found):
+            if not (to_the_end or all(found)):
                 return
 
     def _load(

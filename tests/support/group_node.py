@@ -33,6 +33,7 @@ class GroupNode(Node):
         self.storage = BlockStorage(num_blocks, SIZE, [SHAPE], dtype=torch.float32)
         self.staging = Staging(self.storage, slots)
         self.stores = [DictStore(self.storage.block_bytes)] if stores is None else list(stores)
+        options = {"max_wait_s": 60.0} | options
         self.tiering = Tiering(self.manager, self.staging, self.stores, context_of, **options)
 
     def compute(self, tokens: list[int], reply: int = 0, **key: Any) -> int:

@@ -48,6 +48,8 @@ def open_prompt_tiers(
     _refuse(patched, model)
     info = inspect_model(model)
     refuse_tiers(model, info)
+    if any(layer.window is not None for layer in info.layers):
+        raise no_tiers(model, "it has sliding windows, and a patch keeps no prompts of such models")
     shapes = [layer.shape for layer in info.layers]
     if info.others or len(set(shapes)) > 1:
         raise no_tiers(model, "some of its layers have blocks or columns of their own")
@@ -63,7 +65,9 @@ def open_prompt_tiers(
     num_blocks = None if bound is None else max(bound // storage.block_bytes, 1)
     with torch.inference_mode(False):  # made in it, staging could never be written outside of it
         staging = buffer_for(storage, num_blocks)
-        tiering = tiering_of(model, config, costs, storage, pool.manager, staging, named.adapter)
+        tiering = tiering_of(
+            model, info, config, costs, storage, pool.manager, staging, named.adapter
+        )
     return PromptTiers(pool, tiering, named)
 
 

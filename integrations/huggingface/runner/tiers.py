@@ -32,8 +32,6 @@ def refuse_tiers(model: Any, info: ModelInfo) -> None:
         reason = "it has recurrent layers, and blocks do not hold their state"
     elif info.is_encoder_decoder:
         reason = "its blocks depend on the encoder's input, which their keys do not cover"
-    elif any(info.windows):
-        reason = "it has layers with sliding windows, whose blocks are freed behind the window"
     if reason is not None:
         raise no_tiers(model, reason)
 
@@ -60,6 +58,7 @@ class ModelTiers(NamedTuple):
 
 def open_tiers(
     model: Any,
+    info: ModelInfo,
     watch: ModelWatch | None,
     config: EngineConfig,
     storage: BlockStorage,
@@ -72,7 +71,7 @@ def open_tiers(
     """
     if not config.tiers:
         return None
-    assert isinstance(manager, BlockManager)  # `refuse_tiers` made sure
+    assert isinstance(manager, BlockManager)  # as `make_manager` made it
     assert watch is not None  # `EngineConfig._check_tiers`: no prefix_cache=False
     assert costs is not None  # `costs_of` measures them for tiers
     state = watch.look()
@@ -82,7 +81,7 @@ def open_tiers(
         manager.host.lend_to(staging := Staging.of_host(storage))
     else:
         staging = buffer_for(storage, storage.num_blocks)
-    tiering = tiering_of(model, config, costs, storage, manager, staging)
+    tiering = tiering_of(model, info, config, costs, storage, manager, staging)
     return ModelTiers(tiering, watch, state.version)
 
 
@@ -94,6 +93,7 @@ def buffer_for(storage: BlockStorage, num_blocks: int | None) -> Staging:
 
 def tiering_of(
     model: Any,
+    info: ModelInfo,
     config: EngineConfig,
     costs: PreemptionCosts,
     storage: BlockStorage,
@@ -107,7 +107,7 @@ def tiering_of(
     Raises: as `model_id` and `open_stores`.
     """
     name = model_id(model) if config.model_id is None else config.model_id
-    layout = layout_of(storage)
+    layout = layout_of(storage, info)
     master = Digest.master if config.seal is None else config.seal.master
 
     def context_of(namespace: str | None, lora: str | None) -> KeyContext:
@@ -142,12 +142,17 @@ def start_with_tiers(tiers: ModelTiers | None, begin: Callable[..., EngineCore])
     return core
 
 
-def layout_of(storage: BlockStorage) -> BlockLayout:
-    """Return the layout of the blocks of `storage`. O(layers)."""
+def layout_of(storage: BlockStorage, info: ModelInfo) -> BlockLayout:
+    """Return the layout of the blocks of a model in `storage`. O(layers * groups)."""
+    groups = [
+        (window, [layer.number for layer in info.layers if layer.group == group])
+        for group, window in enumerate(info.windows)
+    ]
     return BlockLayout.of(
         block_size=storage.block_size,
         layers=storage.layers,
         dtype=str(storage.dtype).removeprefix("torch."),
         kv_cache_dtype=storage.kv_cache_dtype,
         block_bytes=storage.block_bytes,
+        groups=groups if any(info.windows) else (),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
 from kvpager.storage.tiers.group_blocks import GroupBlocks, Place
 from kvpager.storage.tiers.protocol import BlockStore
 
+# Looks up blocks of a prompt in a store, given its number, keys not to ask for, and free slots.
+Find = Callable[[GroupBlocks, int, BlockStore, Collection[bytes], int], None]
 _SPARE = 8  # blocks of a window to look up at first, besides the last window
 
 

@@ -31,26 +31,32 @@ class BlockLayout:
         dtype: str,
         kv_cache_dtype: str | None = None,
         block_bytes: int,
+        groups: Sequence[tuple[int | None, Sequence[int]]] = (),
         rank: int = 0,
         num_ranks: int = 1,
     ) -> BlockLayout:
         """Name the layout of a `BlockStorage`. O(layers).
 
         `layers` are (kv heads, head dim, value head dim), in order. `dtype` is a torch dtype's
-        name, such as "bfloat16". `rank` of `num_ranks` is the shard of a tensor-parallel model.
+        name, such as "bfloat16". `groups` are the window and the layers of each group of layers;
+        leave them out if all layers form one group without a window. `rank` of `num_ranks` is the
+        shard of a tensor-parallel model.
         Raises: `ValueError`, `TypeError` for a bad argument.
         """
         size = arguments.block_size(block_size)
         num_ranks = arguments.count("num_ranks", num_ranks, at_least=1)
         rank = arguments.count("rank", rank, at_most=num_ranks - 1)
-        fields = (
+        fields = [
             "kvpager block-first 1",
             f"block_size {size}",
             f"dtype {dtype}",
             f"kv_cache_dtype {kv_cache_dtype or dtype}",
             "layers " + " ".join("x".join(map(str, layer)) for layer in layers),
             f"rank {rank} of {num_ranks}",
-        )
+        ]
+        if groups:
+            named = (f"{window or 'full'}:{','.join(map(str, of))}" for window, of in groups)
+            fields.append(f"groups {' '.join(named)}")
         return cls("; ".join(fields), arguments.count("block_bytes", block_bytes, at_least=1))
 
     @property

@@ -19,7 +19,7 @@ from kvpager.plans import Int32
 from kvpager.storage.tiers.costs import TransferCost
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.group_blocks import GroupBlocks
-from kvpager.storage.tiers.group_loading import find_runs, find_windows, next_batch
+from kvpager.storage.tiers.group_loading import Find, find_runs, find_windows, next_batch
 from kvpager.storage.tiers.protocol import Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
 
@@ -241,18 +241,26 @@ class Loader:
     def _find_groups(self, blocks: GroupBlocks, unusable: list[set[bytes]]) -> bool:
         """Look up what the stores have. Return True if they add to the prefix."""
         blocks.stored[:] = False
-        most = self._staging.num_free
-        for find in (find_runs, find_windows):
-            for number in blocks.stores:
-                begun = time.monotonic()
-                with self._leaving_out(number, blocks):
-                    find(blocks, number, self._stores[number], unusable[number], most)
-                self.costs[number].found(time.monotonic() - begun)
+        most, num_known = self._staging.num_free, -1
+        while num_known != (num_known := int(blocks.known.sum())):
+            self._ask_all(find_runs, blocks, unusable, most)
+            if len(blocks.stores) < 2:
+                break
+        self._ask_all(find_windows, blocks, unusable, most)
         for number in list(blocks.stores):
             num_loads = blocks.num_from(number)
             if num_loads and not self._is_worth(number, blocks.num_new, num_loads):
                 blocks.leave_out(number)
         return blocks.num_new > 0
+
+    def _ask_all(
+        self, find: Find, blocks: GroupBlocks, unusable: list[set[bytes]], most: int
+    ) -> None:
+        for number in list(blocks.stores):
+            begun = time.monotonic()
+            with self._leaving_out(number, blocks):
+                find(blocks, number, self._stores[number], unusable[number], most)
+            self.costs[number].found(time.monotonic() - begun)
 
     @contextlib.contextmanager
     def _leaving_out(self, number: int, blocks: GroupBlocks) -> Iterator[None]:

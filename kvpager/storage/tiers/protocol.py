@@ -76,6 +76,7 @@ class BlockStore(Protocol):
     A store that knows which keys it stops to offer reports them in an attribute `losses`, a
     `kvpager.storage.tiers.losses.Losses`. Others are asked, when a prompt is fetched, whether they
     still have the block before. One that chooses blocks itself has an attribute `admit`.
+    One that is slow to ask has `find_each(keys)`, which returns a bool for each key.
     One with an attribute `bypassed` is offered nothing while that is True. One whose attribute
     `is_private` is True serves this process only, and ends with it.
     """

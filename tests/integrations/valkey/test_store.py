@@ -58,6 +58,15 @@ def test_find_counts_the_leading_keys_alone(single: ValkeyStore) -> None:
     save(single, [names[0], *names[2:]], [content[0], *content[2:]])
     assert single.find(names) == 1
     assert single.find(names[2:]) == 3
+
+
+def test_each_key_is_answered_for(single: ValkeyStore) -> None:
+    names, content = keys(5), blocks(5)
+    save(single, [names[0], *names[2:]], [content[0], *content[2:]])
+    assert single.find_each(names) == [True, False, True, True, True]
+    assert single.find_each([]) == []
+    single.close()
+    assert single.find_each(names) == [False] * 5
     assert single.find([]) == 0
 
 

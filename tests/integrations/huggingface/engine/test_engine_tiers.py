@@ -210,7 +210,6 @@ def test_a_namespace_keeps_no_more_than_its_limit(model: Any, disk: str) -> None
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gemma2", "sliding windows"),
         ("qwen3_next", "recurrent layers"),
         ("t5", "the encoder's input"),
     ],
