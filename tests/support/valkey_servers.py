@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -52,6 +53,13 @@ class Server:
     def names(self) -> list[bytes]:
         """Return the names of all values."""
         return self.ask(b"KEYS", b"*").split(b"\r\n")[2::2]
+
+    def freeze(self) -> None:
+        """Let the server answer nothing until `thaw`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Kill the server, stopped or not."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import pytest
 from kvpager.integrations.valkey import ValkeyStore
 from kvpager.storage.tiers.protocol import Loaded, Saved
 from tests.support.clock import Clock
+from tests.support.links import Link
 from tests.support.servers import free_port
 from tests.support.valkey_blocks import blocks, keys, load, open_store, save
 from tests.support.valkey_servers import Server, valkey
@@ -27,19 +25,11 @@ def shortly() -> float:
     return time.monotonic() + 0.52
 
 
-def freeze(server: Server) -> None:
-    server.process.send_signal(signal.SIGSTOP)
-
-
-def thaw(server: Server) -> None:
-    server.process.send_signal(signal.SIGCONT)
-
-
 def test_a_stopped_server_is_late_and_then_bypassed(own_server: Server) -> None:
     clock, names, content = Clock(), keys(3), blocks(3)
     store = open_store(own_server.url, clock=clock, timeout_s=0.5)
     save(store, names[:2], content[:2])
-    freeze(own_server)
+    own_server.freeze()
     # The first call has a connection already, the others try to connect.
     assert load(store, names, shortly())[0] == [LATE] * 3
     assert list(store.save(names, content, shortly())) == [Saved.LATE] * 3
@@ -49,7 +39,7 @@ def test_a_stopped_server_is_late_and_then_bypassed(own_server: Server) -> None:
     assert save(store, names, content) == [Saved.REFUSED] * 3
     assert store.find(names) == 0
 
-    thaw(own_server)
+    own_server.thaw()
     assert store.bypassed, "until a probe"
     clock.now += 1
     assert store.find(names) == 2
@@ -73,7 +63,7 @@ def test_a_deadline_that_has_passed_is_not_the_servers_fault(own_server: Server)
 def test_a_deadline_before_the_limit_is_not_the_servers_fault(own_server: Server) -> None:
     names = keys(2)
     store = open_store(own_server.url)
-    freeze(own_server)
+    own_server.freeze()
     for _ in range(5):
         assert load(store, names, time.monotonic() + 0.02)[0] == [LATE] * 2
     assert not store.bypassed
@@ -81,7 +71,7 @@ def test_a_deadline_before_the_limit_is_not_the_servers_fault(own_server: Server
 
 def test_finds_on_a_stopped_server_bypass_it(own_server: Server) -> None:
     store = open_store(own_server.url, timeout_s=0.5)
-    freeze(own_server)
+    own_server.freeze()
     for _ in range(3):
         assert store.find(keys(2)) == 0
     assert store.bypassed
@@ -90,15 +80,15 @@ def test_finds_on_a_stopped_server_bypass_it(own_server: Server) -> None:
 def test_a_drop_that_a_stopped_server_did_not_answer_says_so(own_server: Server) -> None:
     store, names = open_store(own_server.url, timeout_s=0.05), keys(2)
     save(store, names, blocks(2))
-    freeze(own_server)
+    own_server.freeze()
     assert not any(store.drop(names) for _ in range(4))
     assert store.bypassed
-    thaw(own_server)
+    own_server.thaw()
 
 
 def test_find_on_a_stopped_server_ends(own_server: Server) -> None:
     store = open_store(own_server.url, timeout_s=0.5)
-    freeze(own_server)
+    own_server.freeze()
     assert store.find(keys(2)) == 0
 
 
@@ -147,55 +137,10 @@ def test_a_restart_does_not_count_as_failures(own_server: Server, tmp_path: Path
         successor.stop()
 
 
-class Interrupting:
-    """Passes bytes between a client and a server; holds back all after the first `passing`."""
-
-    def __init__(self, server: Server, passing: int) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"valkey://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server, self.left = server, passing
-        self.sockets: list[socket.socket] = []
-        self.threads = [threading.Thread(target=self._serve)]
-        self.threads[0].start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            server = socket.create_connection(("127.0.0.1", self.server.port))
-            self.sockets += [client, server]
-            self.threads += [
-                threading.Thread(target=self._pass, args=(client, server, False)),
-                threading.Thread(target=self._pass, args=(server, client, True)),
-            ]
-            for thread in self.threads[-2:]:
-                thread.start()
-
-    def _pass(self, source: socket.socket, sink: socket.socket, limited: bool) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                if limited:
-                    data = data[: max(0, self.left)]
-                    self.left -= len(data)
-                sink.sendall(data)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        for each in [self.listener, *self.sockets]:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-            each.close()
-        for thread in self.threads:
-            thread.join()
-
-
 def test_blocks_that_arrived_before_the_deadline_count(server: Server) -> None:
     names, content = keys(3), blocks(3)
     save(open_store(server.url), names, content)
-    between = Interrupting(server, passing=1 << 20)
+    between = Link(server, passing=1 << 20)
     try:
         store = open_store(between.url)
         assert load(store, names)[0] == [HIT] * 3
@@ -211,7 +156,7 @@ def test_blocks_that_arrived_before_the_deadline_count(server: Server) -> None:
 
 def test_a_save_that_was_not_confirmed_is_late(server: Server) -> None:
     names, content = keys(3), blocks(3)
-    between = Interrupting(server, passing=1 << 20)
+    between = Link(server, passing=1 << 20)
     try:
         store = open_store(between.url)
         save(store, names[:1], content[:1])

@@ -24,6 +24,7 @@ from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import Loaded, Saved
 from kvpager.storage.tiers.seals import Encrypted, Mac
+from tests.support.failing_calls import failing_calls
 
 NEVER, PAST = math.inf, -math.inf
 LAYOUT = BlockLayout("test", 8192)
@@ -609,31 +610,15 @@ def test_a_disk_that_takes_no_writes_keeps_serving_its_blocks(open_store: Open) 
 
 def test_a_disk_that_fails_at_any_call_harms_no_other_block(open_store: Open) -> None:
     """Each call of the system fails once, in a history that evicts, drops and opens again."""
-    names = ("pwrite", "pwritev", "preadv", "posix_fallocate", "fdatasync", "fsync", "ftruncate")
 
     def history(folder: Path, failing: int) -> int:
-        calls = count()
-
-        def failing_at(real: Any) -> Any:
-            def call(*arguments: Any) -> Any:
-                if next(calls) == failing:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                return real(*arguments)
-
-            return call
-
         store = open_store(folder, blocks=3)
-        patches = [mock.patch(f"os.{name}", failing_at(getattr(os, name))) for name in names]
-        for patch in patches:
-            patch.start()
-        try:
+        with failing_calls(failing, errno.EIO) as calls:
             save(store, *range(5))
             load(store, *range(6))
             store.drop([key_of(4)])
             save(store, 5, 6)
             store.close()
-        finally:
-            mock.patch.stopall()
         store = open_store(folder, blocks=3)
         load(store, *range(7))
         store.close()
