@@ -171,7 +171,7 @@ def test_a_step_that_raises_ends_the_requests_in_it(
 
 
 def test_a_defect_ends_all_requests_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("a defect")
 
     with ToyEngine() as engine:

@@ -160,7 +160,7 @@ def test_a_model_error_fails_the_requests_of_its_step(
 def test_a_defect_of_the_engine_leaves_nobody_waiting(
     llama: PreTrainedModel, manager: PagedBatchingManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("a defect")
 
     manager.start()
