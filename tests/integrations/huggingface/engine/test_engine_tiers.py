@@ -84,17 +84,35 @@ def test_blocks_are_stored_as_the_pool_holds_them(
     assert output.token_ids == without_tiers(model, **options)
 
 
-def test_latent_attention_is_found_again(disk: str) -> None:
-    model = tiny_model("deepseek_v3")
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8_e4m3"])
+def test_latent_attention_is_found_again(disk: str, kv_cache_dtype: Any) -> None:
+    model, options = tiny_model("deepseek_v3"), {"kv_cache_dtype": kv_cache_dtype}
     prompt = [3 + place % 60 for place in range(40)]
-    with Engine(model, memory="4MiB") as engine:
+    with Engine(model, memory="4MiB", **options) as engine:
         [expected] = engine.generate([prompt], max_new_tokens=6, do_sample=False)
     for num_cached in (0, 32):
-        with engine_over(model, disk) as engine:
+        with engine_over(model, disk, **options) as engine:
             [output] = engine.generate([prompt], max_new_tokens=6, do_sample=False)
         assert (output.token_ids, output.num_cached_tokens) == (
             expected.token_ids, num_cached
         )  # fmt: skip
+
+
+@pytest.mark.mostly_slow(quick=2)
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
+def test_blocks_of_any_format_come_back_from_the_host(name: str, kv_cache_dtype: Any) -> None:
+    model, options = tiny_model(name), {"kv_cache_dtype": kv_cache_dtype}
+    prompts = [[3 + (place * step) % 59 for place in range(100)] for step in range(1, 6)]
+    sampling: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with Engine(model, memory="4MiB", prefix_cache=False, **options) as engine:
+        expected = [engine.submit(each, **sampling).result(120).token_ids for each in prompts]
+        memory = 16 * engine.block_bytes  # two prompts
+    with engine_over(model, "host:16MiB", memory=memory, **options) as engine:
+        for _ in range(2):
+            outputs = [engine.submit(each, **sampling).result(120) for each in prompts]
+            assert [output.token_ids for output in outputs] == expected
+    assert sum(output.cached_tokens_by_tier.get("host", 0) for output in outputs) > 0
 
 
 @pytest.mark.parametrize("kind", [Mac, Encrypted])
