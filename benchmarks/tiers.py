@@ -11,9 +11,9 @@ gigabyte.
 loaded by a `ValkeyStore`, by redis-py, and by `sendmsg` and `recv_into` on a socket.
 
 `first-token`: time to the first token of a prompt that an engine computes, or finds: in a
-valkey-server or on a disk, where another process saved it, or in host memory, after it left the
-device. `raw` is the time of `recv_into` for the same bytes. `of_goal` divides by 1.3 times that
-plus 50 ms.
+valkey-server or on a disk, where another process saved it, in host memory, after it left the
+device, or on the device. A `new_engine` writes its memory for the first time. `raw` is the time of
+`recv_into` for the same bytes. `of_goal` divides by 1.3 times that plus 50 ms.
 
 `steps`: time of a step of 8 rows, alone and while a thread loads or saves 100 MB/s.
 
