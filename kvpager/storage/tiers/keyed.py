@@ -149,12 +149,18 @@ class KeyedTier:
                     return count
         return len(keys)
 
-    def reserve(self, keys: Sequence[bytes], *, partly: bool = False) -> Reservation:
+    def reserve(
+        self,
+        keys: Sequence[bytes],
+        *,
+        partly: bool = False,
+        depths: Sequence[int] | None = None,
+    ) -> Reservation:
         """Take a slot to write for each new key. Evicts if needed. O(keys log slots).
 
         Keys that are offered or being written are `KNOWN`, and count as used. Without room for all
         new keys none gets a slot; with `partly` the first do. End each slot by `publish` or
-        `abandon`.
+        `abandon`. `depths` are the places of the keys in their prefix, from 0 on unless given.
         """
         slots: Int32 = np.full(len(keys), KNOWN, np.int32)
         with self._lock:
@@ -169,7 +175,8 @@ class KeyedTier:
                 new = new[:room] if partly else []
             evicted = self._evict(len(new) - len(self._free))
             for index in new:
-                slots[index] = self._take(keys[index], index)
+                depth = index if depths is None else depths[index]
+                slots[index] = self._take(keys[index], depth)
             self._rest(known)
         return Reservation(slots, evicted)
 
@@ -262,6 +269,11 @@ class KeyedTier:
             self._admit(named)
             self._rest(known)
         return outcomes
+
+    def rest(self, keys: Sequence[bytes]) -> None:
+        """Let keys leave as if they were released now, without a use. O(keys log slots)."""
+        with self._lock:
+            self._rest(self._idle_slots(keys))
 
     def discard(self, slots: Iterable[int]) -> list[KeySlot]:
         """Stop to offer the keys of pinned slots. O(slots).

@@ -75,6 +75,33 @@ def test_negative_slots_are_skipped() -> None:
     tier.check()
 
 
+def test_a_policy_is_told_the_given_depths() -> None:
+    policy = POLICIES["lifetime"](4)
+    tier = KeyedTier(4, policy)
+    slots = tier.reserve(keys(0, 1), depths=[5, 9]).slots
+    tier.publish(slots)
+    assert policy.depths[slots].tolist() == [5, 9]
+
+
+def test_keys_that_rest_leave_last_and_the_last_key_first() -> None:
+    tier = KeyedTier(3)
+    for number in (0, 1, 2):
+        fill(tier, [number])
+    tier.rest(keys(0, 1, 7))
+    assert [key for key, _ in tier.reserve(keys(3, 4)).evicted] == keys(2, 1)
+    tier.check()
+
+
+def test_rest_leaves_pinned_keys_pinned() -> None:
+    tier = KeyedTier(1)
+    fill(tier, [0])
+    slots = tier.pin(keys(0))
+    tier.rest(keys(0))
+    assert tier.num_available == 0
+    tier.unpin(slots)
+    tier.check()
+
+
 # ---------------------------------------------------------------- room
 
 
