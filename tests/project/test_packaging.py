@@ -33,6 +33,7 @@ OPTIONAL = {
     "transformers",
     "triton",
     "typer",
+    "vllm",
 }
 BUILD_OUTPUT = {"build", "dist", "__pycache__"}
 TEXT = {".c", ".cfg", ".cpp", ".cu", ".h", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}

@@ -1,0 +1,99 @@
+"""What the bytes of a chunk mean: the model, and how vLLM lays its pages out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpager.integrations.vllm.interface import RELEASE, OffloadingConfig, current_platform
+from kvpager.storage.keys import KEY_BYTES
+from kvpager.storage.tiers.layout import BlockLayout
+
+_WEIGHTS = {".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors"}
+_UNNAMED = ("_name_or_path", "transformers_version")  # differ between equal models
+
+
+def chunk_layout(
+    config: OffloadingConfig, model_config: Any, model_id: str | None, chunk_bytes: int
+) -> BlockLayout:
+    """Name the layout of a chunk of all workers. O(1), O(bytes of the model) without `model_id`.
+
+    Raises: `ValueError` if the model is not a local directory and has no `model_id`.
+    """
+    parallel = config.parallel
+    groups = [[group.tokens_per_block, *group.layer_names] for group in config.groups]
+    fields = (
+        "kvpager vllm 1",
+        f"vllm {'.'.join(RELEASE.split('.')[:2])}",
+        f"model {model_id or model_digest(config.model.name)}",
+        f"settings {_settings(model_config)}",
+        f"dtype {config.model.dtype}",
+        f"pages {config.kv_cache_layout} on {_device()}",
+        f"blocks_per_chunk {config.cache.blocks_per_chunk}",
+        f"tokens_per_hash {config.cache.tokens_per_hash}",
+        f"groups {json.dumps(groups)}",
+        f"tp {parallel.tp_size} pp {parallel.pp_size} pcp {parallel.pcp_size} "
+        f"dcp {parallel.dcp_size} of {parallel.world_size}",
+    )
+    return BlockLayout("; ".join(fields), chunk_bytes)
+
+
+def store_keys(layout: BlockLayout) -> Callable[[bytes], bytes]:
+    """Return the function from a key of vLLM's to the key of its chunk in stores."""
+    fingerprint = layout.fingerprint
+
+    def store_key(key: bytes) -> bytes:
+        return hashlib.blake2b(key, digest_size=KEY_BYTES, key=fingerprint).digest()
+
+    return store_key
+
+
+def model_digest(name: str) -> str:
+    """Return a digest of the files of a local model. O(bytes).
+
+    Raises: `ValueError` if `name` is no directory and no file.
+    """
+    files = sorted(_files(Path(name)))
+    if not files:
+        raise ValueError(
+            f"model={name!r}: kvpager can only read the weights of a local directory. Name the "
+            'model in the stores: offload(..., model_id="NAME@REVISION").'
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            digest.update(f"{file.name} {os.path.getsize(file)} ".encode())
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from (each for each in path.iterdir() if each.suffix in _WEIGHTS)
+
+
+def _settings(model_config: Any) -> str:
+    """Return a digest of what else changes the keys and values, such as RoPE."""
+    settings = model_config.hf_config.to_dict()
+    for name in _UNNAMED:
+        settings.pop(name, None)
+    told = [settings, model_config.quantization, str(model_config.dtype)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _device() -> str:
+    """Return the device, and on a CPU the instructions: vLLM packs keys for them."""
+    kind: str = current_platform.device_type
+    if kind != "cpu":
+        return kind
+    amx = torch.cpu._is_amx_tile_supported()  # no public function says it
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx {amx}"

@@ -1,0 +1,80 @@
+"""The names of vLLM that kvpager uses, after a check of its release."""
+
+from __future__ import annotations
+
+try:
+    import vllm
+except ModuleNotFoundError as error:
+    if error.name != "vllm":
+        raise
+    raise ModuleNotFoundError(
+        "vllm is not installed. Run: pip install 'kvpager[vllm]'", name="vllm"
+    ) from None
+
+from kvpager.integrations.vllm.releases import check_release
+
+check_release(vllm.__version__)
+
+# Imported by their places in the supported releases: another release may lack them.
+from vllm.config import (  # noqa: E402
+    KVTransferConfig,
+    get_current_vllm_config_or_none,
+    set_current_vllm_config,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (  # noqa: E402
+    OffloadingConnector,
+)
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.kv_offload.base import (  # noqa: E402
+    BlockIDsLoadStoreSpec,
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadingManager,
+    OffloadingSpec,
+    OffloadingWorker,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    TransferResult,
+    get_offload_group_idx,
+)
+from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
+from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
+
+RELEASE = vllm.__version__
+
+__all__ = [
+    "RELEASE",
+    "BlockIDsLoadStoreSpec",
+    "CacheHitSource",
+    "CanonicalKVCaches",
+    "FullAttentionSpec",
+    "GPULoadStoreSpec",
+    "KVTransferConfig",
+    "LookupResult",
+    "Medium",
+    "OffloadingConfig",
+    "OffloadingConnector",
+    "OffloadingEvent",
+    "OffloadingManager",
+    "OffloadingSpec",
+    "OffloadingWorker",
+    "PrepareStoreOutput",
+    "ReqContext",
+    "RequestOffloadingContext",
+    "SlidingWindowSpec",
+    "TransferResult",
+    "UniformTypeKVCacheSpecs",
+    "current_platform",
+    "get_current_vllm_config_or_none",
+    "get_offload_group_idx",
+    "set_current_vllm_config",
+]

@@ -1,0 +1,167 @@
+"""Moves chunks between rows of host memory and the stores below. Threads do the transfers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpager.storage.tiers.keyed import KeyedTier, KeySlot
+from kvpager.storage.tiers.protocol import BlockStore, Loaded
+
+logger = logging.getLogger("kvpager")
+
+_FETCH_S, _SAVE_S, _CLOSE_S = 2.0, 30.0, 5.0
+_MISSES_MAX = 64  # in a row: each may be a round trip to a server
+
+
+_End = Callable[[Iterable[bytes], Iterable[bytes]], None]
+
+
+class Chunk(NamedTuple):
+    """A chunk to load: vLLM's key, its reserved slot, and the number of the store that has it."""
+
+    key: bytes
+    slot: int
+    store: int
+
+
+class LowerTiers:
+    """The stores below host memory. Its methods never wait for a store, unless they say so."""
+
+    def __init__(
+        self,
+        stores: Sequence[BlockStore],
+        rows: NDArray[np.uint8],
+        store_key: Callable[[bytes], bytes],
+    ) -> None:
+        """Move chunks between `stores` and `rows`, uint8 [slots, bytes of a chunk]."""
+        self.stores = stores
+        self._rows, self._store_key = rows, store_key
+        self._fetchers = ThreadPoolExecutor(2, "kvpager-fetch")
+        self._saver = ThreadPoolExecutor(1, "kvpager-save")
+        self._fetches = set[Future[None]]()
+        self._saves = dict[Future[None], int]()  # and the number of chunks
+
+    @property
+    def is_fetching(self) -> bool:
+        """True while a look-up or a load has not ended. O(transfers)."""
+        self._fetches = {each for each in self._fetches if not each.done()}
+        return bool(self._fetches)
+
+    @property
+    def num_saving(self) -> int:
+        """The number of chunks whose rows are being saved. O(transfers)."""
+        self._saves = {each: count for each, count in self._saves.items() if not each.done()}
+        return sum(self._saves.values())
+
+    def locate(
+        self,
+        keys: Sequence[bytes],
+        answer: Callable[[dict[bytes, int]], None],
+        *,
+        absent: int,
+        is_prefix: bool,
+    ) -> None:
+        """Look for chunks of one group. Answers the number of a store for each, or `absent`.
+
+        Of a prefix, the chunks after the first missing one count as absent.
+        """
+        self._start_fetch(self._locate, keys, answer, absent, is_prefix)
+
+    def fetch(self, tier: KeyedTier, chunks: Sequence[Chunk], end: _End) -> None:
+        """Load chunks into their slots of `tier`; publish those that arrive, abandon the rest.
+
+        In the end, `end` is told the keys that arrived, and all keys.
+        """
+        self._start_fetch(self._fetch, tier, chunks, end)
+
+    def save(self, tier: KeyedTier, pairs: Sequence[KeySlot]) -> None:
+        """Offer chunks to each store. Unpins their slots of `tier` in the end."""
+        self._saves[self._saver.submit(self._save, tier, pairs)] = len(pairs)
+
+    def wait_a_moment(self, seconds: float) -> None:
+        """Wait until a look-up or a load ends, for at most `seconds`."""
+        wait(self._fetches, seconds, FIRST_COMPLETED)
+
+    def drain(self, seconds: float | None = None) -> None:
+        """Wait until all transfers have ended, for at most `seconds`."""
+        wait([*self._fetches, *self._saves], seconds)
+
+    def close(self) -> None:
+        """Save what waits, for at most 5 seconds, and close the stores."""
+        self.drain(_CLOSE_S)
+        self._fetchers.shutdown(cancel_futures=True)
+        self._saver.shutdown(cancel_futures=True)
+        for store in self.stores:
+            store.close()
+
+    def _start_fetch(self, work: Callable[..., None], *args: object) -> None:
+        self._fetches.add(self._fetchers.submit(work, *args))
+
+    def _locate(
+        self,
+        keys: Sequence[bytes],
+        answer: Callable[[dict[bytes, int]], None],
+        absent: int,
+        is_prefix: bool,
+    ) -> None:
+        places: dict[bytes, int] = {}
+        present = self._leading if is_prefix else self._scattered
+        try:
+            for number, store in enumerate(self.stores):
+                missing = [key for key in keys if key not in places]
+                places |= dict.fromkeys(present(store, missing), number)
+        except Exception:  # a foreign store may break its contract; its chunks are computed
+            logger.exception("kvpager: cannot look for chunks")
+        finally:
+            answer({key: places.get(key, absent) for key in keys})
+
+    def _leading(self, store: BlockStore, keys: Sequence[bytes]) -> Sequence[bytes]:
+        return keys[: store.find([self._store_key(key) for key in keys])]
+
+    def _scattered(self, store: BlockStore, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """Return the keys that a store has, until it lacks many in a row."""
+        present, num_missing = list[bytes](), 0
+        for key in keys:
+            if store.find([self._store_key(key)]):
+                present.append(key)
+                num_missing = 0
+            elif (num_missing := num_missing + 1) == _MISSES_MAX:
+                break
+        return present
+
+    def _fetch(self, tier: KeyedTier, chunks: Sequence[Chunk], end: _End) -> None:
+        arrived = set[bytes]()
+        try:
+            deadline = time.monotonic() + _FETCH_S
+            for number, store in enumerate(self.stores):
+                asked = [chunk for chunk in chunks if chunk.store == number]
+                names = [self._store_key(chunk.key) for chunk in asked]
+                buffers = [memoryview(self._rows[chunk.slot]) for chunk in asked]
+                outcomes = store.load(names, buffers, deadline) if asked else ()
+                pairs = zip(asked, outcomes, strict=True)
+                arrived |= {chunk.key for chunk, outcome in pairs if outcome == Loaded.HIT}
+        except Exception:  # as above
+            logger.exception("kvpager: cannot load chunks")
+        finally:
+            tier.publish([chunk.slot for chunk in chunks if chunk.key in arrived])
+            tier.abandon([chunk.slot for chunk in chunks if chunk.key not in arrived])
+            end(arrived, [chunk.key for chunk in chunks])
+
+    def _save(self, tier: KeyedTier, pairs: Sequence[KeySlot]) -> None:
+        try:
+            names = [self._store_key(key) for key, _ in pairs]
+            blocks = [memoryview(self._rows[slot]) for _, slot in pairs]
+            for store in self.stores:
+                if not getattr(store, "bypassed", False):
+                    store.save(names, blocks, time.monotonic() + _SAVE_S)
+        except Exception:  # as above
+            logger.exception("kvpager: cannot save chunks")
+        finally:
+            tier.unpin([slot for _, slot in pairs])

@@ -1,0 +1,252 @@
+"""Which chunks are in host memory and in the stores below: the scheduler's side."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from kvpager.integrations.vllm.host_rows import HostRows
+from kvpager.integrations.vllm.interface import (
+    CacheHitSource,
+    LookupResult,
+    Medium,
+    OffloadingEvent,
+    OffloadingManager,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+    get_offload_group_idx,
+)
+from kvpager.integrations.vllm.lower_tiers import Chunk, LowerTiers
+from kvpager.integrations.vllm.worker import Slots
+from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier
+
+_ABSENT, _ASKED = -1, -2  # in the place of the number of a store
+_IDLE_S = 0.005
+_SAVING_MAX = 0.25  # of all slots: they cannot be evicted
+_SOURCES = {"disk": CacheHitSource.DISK}
+
+
+class _Request:
+    """What a request did with the chunks of a tier."""
+
+    def __init__(self, tier: KeyedTier) -> None:
+        self.tier = tier
+        self.used: dict[bytes, None] = {}  # stored or loaded
+        self.loading: list[int] = []  # pinned slots
+        self.places: dict[bytes, int] = {}  # which store has a chunk
+        self.sources: dict[bytes, str] = {}  # the name of the store that a chunk came from
+        self.unknown: list[tuple[int, bytes]] = []  # with their places in the prompt
+        self.looked_up: list[bytes] = []  # in this step, in host memory or in a store
+
+
+class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
+    """Chunks by vLLM's keys in a `KeyedTier`, over stores.
+
+    A chunk that only a store has takes three steps: one asks the stores, one reserves a slot and
+    begins the load, and when it has ended the chunk is a hit. Meanwhile the request waits and
+    others run.
+    """
+
+    def __init__(
+        self,
+        make_tier: Callable[[], KeyedTier],
+        rows: HostRows,
+        lower: LowerTiers | None = None,
+        *,
+        events: bool = False,
+    ) -> None:
+        """Keep chunks in `rows`, one in each slot of the tier that `make_tier` makes."""
+        self._make_tier, self._rows, self._lower = make_tier, rows, lower
+        self._tier = make_tier()
+        self._writing: dict[bytes, int] = {}  # slots that are reserved
+        self._waiting: dict[str, _Request] = {}  # asked in this step for chunks that are not here
+        self._num_requests = 0
+        self._changes = deque[tuple[bool, list[bytes]]]() if events else None
+
+    def lookup(self, key: Any, req_context: ReqContext) -> LookupResult:
+        is_written = key in self._writing  # first: a fetch may end between the two
+        is_here = bool(self._tier.find((key,)))
+        if self._lower is not None and _allows_stores(req_context):
+            return self._look_below(key, req_context, is_here, is_written)
+        if is_here:
+            return LookupResult.HIT
+        return LookupResult.HIT_PENDING if is_written else LookupResult.MISS
+
+    def _look_below(
+        self, key: Any, req_context: ReqContext, is_here: bool, is_written: bool
+    ) -> LookupResult:
+        request = self._request(req_context)
+        if is_here:
+            request.looked_up.append(key)
+            return LookupResult.HIT
+        place = request.places.get(key)
+        if place == _ABSENT and not is_written:
+            return LookupResult.MISS
+        self._waiting[req_context.req_id] = request
+        if is_written:
+            return LookupResult.HIT_PENDING
+        if place is None:
+            request.places[key] = _ASKED
+            request.unknown.append((_position(req_context, key), key))
+        if place is None or place == _ASKED:
+            return LookupResult.RETRY
+        request.looked_up.append(key)
+        return LookupResult.HIT_PENDING
+
+    def on_schedule_end(self, context: Any) -> None:
+        if self._lower is None:
+            return
+        for request in self._waiting.values():
+            self._ask(request, self._lower)
+            self._fetch(request, self._lower)
+        if self._waiting and len(self._waiting) == self._num_requests and self._lower.is_fetching:
+            self._lower.wait_a_moment(_IDLE_S)  # nothing runs: leave the processor to the threads
+        self._waiting.clear()
+
+    def _ask(self, request: _Request, lower: LowerTiers) -> None:
+        """Look for unknown chunks in the stores, group by group."""
+        unknown, request.unknown = request.unknown, []
+        for _, group in groupby(unknown, lambda each: get_offload_group_idx(each[1])):
+            positions, keys = zip(*group, strict=True)
+            # vLLM asks for a prefix from the front, for a window from the end.
+            is_prefix = positions[0] <= positions[-1]
+            lower.locate(keys, request.places.update, absent=_ABSENT, is_prefix=is_prefix)
+
+    def _fetch(self, request: _Request, lower: LowerTiers) -> None:
+        """Load the chunks that stores have. One that finds no room is a miss for the request."""
+        looked_up, request.looked_up = list(dict.fromkeys(request.looked_up)), []
+        places = request.places
+        wanted = {key for key in looked_up if places.get(key, _ABSENT) >= 0}
+        if not wanted:
+            return
+        # Chunks that are here are named, too: they make no room for the others.
+        slots, evicted = self._tier.reserve(looked_up, partly=True)
+        self._tell(True, (key for key, _ in evicted))
+        pairs = [pair for pair in zip(looked_up, slots.tolist(), strict=True) if pair[1] >= 0]
+        chunks = [Chunk(key, slot, places[key]) for key, slot in pairs if key in wanted]
+        self._tier.abandon([slot for key, slot in pairs if key not in wanted])  # it left meanwhile
+        for key in wanted:
+            places[key] = _ABSENT  # asked for once: what leaves again is computed
+        self._writing |= {chunk.key: chunk.slot for chunk in chunks}
+        request.sources |= {chunk.key: lower.stores[chunk.store].name for chunk in chunks}
+        if chunks:
+            lower.fetch(self._tier, chunks, self._fetched)
+
+    def _fetched(self, arrived: Iterable[bytes], keys: Iterable[bytes]) -> None:
+        """Note that a fetch has ended. A thread calls this."""
+        for key in keys:
+            del self._writing[key]
+        self._tell(False, arrived)
+
+    def get_load_source(self, key: Any, req_context: ReqContext) -> CacheHitSource:
+        source = self._request(req_context).sources.get(key)
+        if source is None:
+            return CacheHitSource.HOST
+        return _SOURCES.get(source, CacheHitSource.EXTERNAL_UNSPECIFIED)
+
+    def prepare_load(self, keys: Collection[Any], req_context: ReqContext) -> Slots:
+        request = self._request(req_context)
+        slots = self._tier.pin(list(keys)).tolist()
+        if -1 in slots:
+            self._tier.unpin(slots)
+            raise KeyError("a chunk that vLLM loads is not in host memory")
+        request.loading += slots
+        request.used |= dict.fromkeys(keys)
+        return Slots(slots)
+
+    def complete_load(self, keys: Collection[Any], req_context: ReqContext) -> None:
+        request = self._request(req_context)
+        slots, request.loading = request.loading, []
+        self._tier.unpin(slots)
+
+    def touch(self, keys: Collection[Any], req_context: ReqContext) -> None:
+        self._tier.unpin(self._tier.pin(list(keys)))
+
+    def prepare_store(
+        self, keys: Collection[Any], req_context: ReqContext
+    ) -> PrepareStoreOutput | None:
+        offered = list(dict.fromkeys(keys))
+        depths = [_position(req_context, key) for key in offered]
+        slots, evicted = self._tier.reserve(offered, partly=True, depths=depths)
+        pairs = zip(offered, slots.tolist(), strict=True)
+        new = {key: slot for key, slot in pairs if slot >= 0}
+        if not new and NO_ROOM in slots:
+            return None
+        self._writing |= new
+        gone = [key for key, _ in evicted]
+        self._tell(True, gone)
+        self._request(req_context).used |= dict.fromkeys(offered)
+        return PrepareStoreOutput(list(new), Slots(list(new.values())), gone)
+
+    def complete_store(
+        self, keys: Collection[Any], req_context: ReqContext, success: bool = True
+    ) -> None:
+        ordered = sorted(keys, key=partial(_position, req_context))
+        slots = [self._writing.pop(key) for key in ordered]
+        if not success:
+            self._tier.abandon(slots)
+            return
+        self._tier.publish(slots)
+        self._tell(False, ordered)
+        self._save(ordered)
+
+    def _save(self, keys: list[bytes]) -> None:
+        """Offer stored chunks to the stores below, as many as these keep up with."""
+        if self._lower is None:
+            return
+        if not self._rows.is_complete:
+            raise RuntimeError("tiers: all workers of the engine must run on one machine")
+        room = max(int(self._tier.num_slots * _SAVING_MAX), 1) - self._lower.num_saving
+        if offered := keys[: max(room, 0)]:
+            slots = self._tier.pin(offered).tolist()
+            self._lower.save(self._tier, list(zip(offered, slots, strict=True)))
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        self._num_requests += 1
+        return RequestOffloadingContext()
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._num_requests -= 1
+        self._waiting.pop(req_context.req_id, None)
+        used = self._request(req_context).used
+        # The last chunk of the prompt leaves first.
+        self._tier.rest(sorted(used, key=partial(_position, req_context)))
+
+    def take_events(self) -> Iterator[OffloadingEvent]:
+        while self._changes:
+            removed, keys = self._changes.popleft()
+            yield OffloadingEvent(keys, Medium.CPU, removed)
+
+    def _tell(self, removed: bool, keys: Iterable[bytes]) -> None:
+        if self._changes is not None and (told := list(keys)):
+            self._changes.append((removed, told))
+
+    def reset_cache(self) -> None:
+        """Forget all chunks in host memory, and what vLLM was doing with them."""
+        if self._lower is not None:
+            self._lower.drain()
+        self._tier = self._make_tier()
+        self._writing.clear()
+
+    def shutdown(self) -> None:
+        if self._lower is not None:
+            self._lower.close()
+
+    def _request(self, req_context: ReqContext) -> _Request:
+        request: _Request | None = req_context.get_state(_Request)
+        if request is None or request.tier is not self._tier:  # before a reset
+            req_context.set_state(request := _Request(self._tier))
+        return request
+
+
+def _position(req_context: ReqContext, key: bytes) -> int:
+    position: int | None = req_context.get_offload_key_position(key)
+    return position or 0
+
+
+def _allows_stores(req_context: ReqContext) -> bool:
+    return bool(req_context.load_tier_filter.allows(Medium.STORAGE, None))

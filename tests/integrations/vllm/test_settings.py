@@ -1,0 +1,211 @@
+"""What a user sets, what kvpager refuses, and what tells models and layouts apart."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvpager.integrations.vllm.releases import check_release
+from tests.support.vllm_parts import caches_of, connector, identity, interface, options, spec
+
+
+def model_config(**settings: Any) -> Any:
+    hf_config = SimpleNamespace(to_dict=lambda: {"_name_or_path": os.urandom(4), **settings})
+    return SimpleNamespace(hf_config=hf_config, quantization=None, dtype="float32")
+
+
+def config(extra: dict[str, Any] | None = None, *, model: str = "a/b", **settings: Any) -> Any:
+    """Return the part of vLLM's configuration that a spec gets."""
+    parallel = dict(rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1)  # noqa: C408
+    group = SimpleNamespace(group_id=0, tokens_per_block=16, layer_names=("layers.0",))
+    made = SimpleNamespace(
+        groups=(group,),
+        worker_kv_bytes_per_block=3000,
+        enable_kv_cache_events=False,
+        extra_config={"host_memory": "1MiB", **(extra or {})},
+        engine_id=f"test-{os.urandom(6).hex()}",
+        model=SimpleNamespace(name=model, dtype="float32"),
+        cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=2),
+        parallel=SimpleNamespace(**parallel),
+        kv_cache_layout="LBHNC",
+        replicated_layout=False,
+        canonical_layout=False,
+    )
+    vars(made).update(settings)
+    return made
+
+
+def spec_of(extra: dict[str, Any] | None = None, **settings: Any) -> Any:
+    with interface.set_current_vllm_config(SimpleNamespace(model_config=model_config())):
+        return spec.KvpagerOffloadingSpec(config(extra, **settings))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_offload_names_connector_and_spec() -> None:
+    made = options.offload("8GiB", tiers="disk:/kv?capacity=1GiB", blocks_per_chunk=4)
+    assert made.kv_connector == "KvpagerOffloadingConnector"
+    assert made.kv_connector_module_path == "kvpager.integrations.vllm.connector"
+    assert made.kv_role == "kv_both"
+    extra = json.loads(json.dumps(made.kv_connector_extra_config))  # for `vllm serve`
+    assert (extra["host_memory"], extra["blocks_per_chunk"]) == ("8GiB", 4)
+    assert extra["tiers"] == ["disk:/kv?capacity=1GiB"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"host_memory": "8 bananas"}, ValueError, "host_memory"),
+        ({"host_memory": None}, TypeError, "host_memory: expected bytes"),
+        ({"tiers": ["floppy:/a"]}, ValueError, "no store is called 'floppy'"),
+        ({"tiers": [3]}, TypeError, "tiers: expected URLs"),
+        ({"eviction": "random"}, ValueError, "eviction='random'"),
+        ({"model_id": ""}, ValueError, "model_id"),
+        ({"cpu_bytes_to_use": 5}, ValueError, "cpu_bytes_to_use: kvpager has no such setting"),
+        ({"canonical_layout": True}, ValueError, "canonical_layout: kvpager has no such setting"),
+    ],
+)
+def test_a_bad_setting_is_named(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        options.offload(**{"host_memory": "1MiB", **settings})
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev"])
+def test_another_release_of_vllm_is_refused(version: str) -> None:
+    with pytest.raises(ImportError, match=rf"vllm {version}: .*Install 'vllm>=0.32,<0.34'"):
+        check_release(version)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.33.1+cpu", "0.32.1.dev3"])
+def test_a_supported_release_of_vllm_passes(version: str) -> None:
+    check_release(version)
+
+
+# ---------------------------------------------------------------- the connector
+
+
+def groups(*specs: Any) -> Any:
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=each) for each in specs])
+
+
+class MambaSpec: ...
+
+
+def made(kind: Callable[..., Any]) -> Any:
+    return object.__new__(kind)
+
+
+def test_a_kind_of_layer_that_cannot_be_kept_is_refused() -> None:
+    full = made(interface.FullAttentionSpec)
+    nested = made(interface.UniformTypeKVCacheSpecs)
+    nested.__dict__["kv_cache_specs"] = {"a": full, "b": MambaSpec()}
+    for bad in (MambaSpec(), nested):
+        with pytest.raises(NotImplementedError, match="layers of vLLM's kind MambaSpec"):
+            connector.KvpagerOffloadingConnector(None, None, groups(full, bad))
+
+
+def test_a_spec_without_the_connector_is_refused() -> None:
+    with pytest.raises(ValueError, match='expected "KvpagerOffloadingConnector"'):
+        spec.KvpagerOffloadingSpec(config())
+
+
+# ---------------------------------------------------------------- the spec
+
+
+def test_a_chunk_takes_whole_pages_of_host_memory() -> None:
+    manager = spec_of({"host_memory": "64KiB"}).get_manager()
+    assert manager._tier.num_slots == 8
+    assert manager._rows.rows.shape == (8, 8192)
+
+
+def test_manager_and_worker_of_one_engine_share_rows() -> None:
+    each = spec_of()
+    manager = each.get_manager()
+    worker = each.get_worker(caches_of([[0]], 4, 3000))
+    assert manager._rows.is_complete
+    worker._rows[:] = 3
+    assert manager._rows.rows[:, :6000].all()
+
+
+def test_host_memory_without_room_for_a_chunk_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"host_memory=4.0 KiB: .* at least 8.0 KiB"):
+        spec_of({"host_memory": "4KiB"})
+
+
+def test_stores_of_others_need_a_model_with_a_name(tmp_path: Path) -> None:
+    shared = {"tiers": [f"disk:{tmp_path / 'kv'}?capacity=1MiB"]}
+    with pytest.raises(ValueError, match=r'offload\(..., model_id="NAME@REVISION"\)'):
+        spec_of(shared).get_manager()
+    manager = spec_of({**shared, "model_id": "b@1"}).get_manager()
+    manager.shutdown()
+
+
+def test_a_private_store_needs_no_name() -> None:
+    manager = spec_of({"tiers": ["host:1MiB"]}).get_manager()
+    manager.shutdown()
+
+
+def test_hashes_of_shared_stores_begin_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    spec_of({"tiers": ["host:1MiB"]}).get_manager().shutdown()
+    assert os.environ["PYTHONHASHSEED"] == "7"
+    tiers = [f"disk:{tmp_path / 'kv'}?capacity=1MiB"]
+    spec_of({"tiers": tiers, "model_id": "b@1"}).get_manager().shutdown()
+    assert "PYTHONHASHSEED" not in os.environ
+
+
+# ---------------------------------------------------------------- identity
+
+
+def fingerprint(model_id: str | None = "b@1", settings: Any = None, **changes: Any) -> bytes:
+    layout = identity.chunk_layout(
+        config(**changes), settings or model_config(theta=1e4), model_id, 4096
+    )
+    return layout.fingerprint
+
+
+def test_whatever_changes_the_bytes_changes_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SimpleNamespace(tokens_per_block=32, layer_names=("layers.0",))
+    other_layer = SimpleNamespace(tokens_per_block=16, layer_names=("layers.1",))
+    parallel = SimpleNamespace(tp_size=2, pp_size=1, pcp_size=1, dcp_size=1, world_size=2)
+    prints = [
+        fingerprint(),
+        fingerprint("b@2"),
+        fingerprint(settings=model_config(theta=1e6)),
+        fingerprint(kv_cache_layout="BLHNC"),
+        fingerprint(model="a/b", cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=1)),
+        fingerprint(groups=(one,)),
+        fingerprint(groups=(other_layer,)),
+        fingerprint(parallel=parallel),
+    ]
+    monkeypatch.setattr(identity, "_device", lambda: "cpu x86_64 AVX2 amx True")
+    prints.append(fingerprint())
+    assert len(set(prints)) == len(prints)
+
+
+def test_equal_models_in_other_folders_share(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    first, second = (fingerprint(None, model=str(tmp_path / name)) for name in ("one", "two"))
+    assert first == second
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert fingerprint(None, model=str(tmp_path / "two")) != first
+
+
+def test_keys_in_stores_differ_by_layout_and_key() -> None:
+    layouts = [identity.chunk_layout(config(), model_config(), name, 4096) for name in "ab"]
+    keys = {identity.store_keys(layout)(key) for layout in layouts for key in (b"k", b"l")}
+    assert len(keys) == 4
+    assert {len(key) for key in keys} == {32}

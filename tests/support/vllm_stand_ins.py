@@ -1,0 +1,225 @@
+"""The classes of vLLM that kvpager's adapter uses, as small ones: for tests without vLLM.
+
+`installed()` makes them importable under vLLM's names, unless vLLM is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+_config: list[Any] = []
+
+
+@dataclass
+class KVTransferConfig:
+    kv_connector: str
+    kv_connector_module_path: str
+    kv_role: str
+    kv_connector_extra_config: dict[str, Any]
+
+
+@contextmanager
+def set_current_vllm_config(config: Any) -> Iterator[None]:
+    _config.append(config)
+    yield
+    _config.pop()
+
+
+def get_current_vllm_config_or_none() -> Any:
+    return _config[-1] if _config else None
+
+
+class OffloadingConnector:
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        self.seen = get_current_vllm_config_or_none()
+
+
+class FullAttentionSpec: ...
+
+
+class SlidingWindowSpec: ...
+
+
+@dataclass
+class UniformTypeKVCacheSpecs:
+    kv_cache_specs: dict[str, Any]
+
+
+class Medium(Enum):
+    CPU = "CPU"
+    STORAGE = "STORAGE"
+
+
+class LookupResult(Enum):
+    MISS = auto()
+    HIT = auto()
+    HIT_PENDING = auto()
+    RETRY = auto()
+
+
+class CacheHitSource(StrEnum):
+    HOST = "host"
+    DISK = "disk"
+    EXTERNAL_UNSPECIFIED = "external_unspecified"
+
+
+class TierFilter:
+    def allows(self, medium: Any, locality: Any) -> bool:
+        return True
+
+
+@dataclass
+class ReqContext:
+    req_id: str
+    load_tier_filter: Any = field(default_factory=TierFilter)
+    _state: dict[type, Any] = field(default_factory=dict)
+    _positions: dict[bytes, int] = field(default_factory=dict)
+
+    def set_state(self, value: Any) -> None:
+        self._state[type(value)] = value
+
+    def get_state(self, kind: type) -> Any:
+        return self._state.get(kind)
+
+    def set_offload_key_position(self, key: bytes, position: int) -> None:
+        self._positions[key] = position
+
+    def get_offload_key_position(self, key: bytes) -> int | None:
+        return self._positions.get(key)
+
+
+class BlockIDsLoadStoreSpec:
+    def __init__(self, block_ids: list[int]) -> None:
+        self.block_ids = np.array(block_ids, np.int32)
+
+
+class GPULoadStoreSpec(BlockIDsLoadStoreSpec):
+    def __init__(
+        self, block_ids: list[int], group_sizes: list[int], block_indices: list[int]
+    ) -> None:
+        super().__init__(block_ids)
+        self.group_sizes, self.block_indices = group_sizes, block_indices
+
+
+@dataclass
+class CanonicalKVCacheTensor:
+    tensor: Any
+    page_size_bytes: int
+
+
+@dataclass
+class CanonicalKVCacheRef:
+    tensor_idx: int
+    page_size_bytes: int
+
+
+@dataclass
+class CanonicalKVCaches:
+    tensors: list[CanonicalKVCacheTensor]
+    group_data_refs: list[list[CanonicalKVCacheRef]]
+
+
+@dataclass
+class OffloadingEvent:
+    keys: list[bytes]
+    medium: Medium
+    removed: bool
+
+
+@dataclass
+class PrepareStoreOutput:
+    keys_to_store: list[bytes]
+    store_spec: Any
+    evicted_keys: list[bytes]
+
+
+@dataclass
+class RequestOffloadingContext:
+    policy: str = "chunk_level"
+
+
+@dataclass
+class TransferResult:
+    job_id: int
+    success: bool
+    transfer_size: int | None = None
+    transfer_time: float | None = None
+
+
+class OffloadingManager: ...
+
+
+class OffloadingWorker: ...
+
+
+class OffloadingSpec:
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.kv_events_config = SimpleNamespace(enable_kv_cache_events=False)
+        self.blocks_per_chunk = config.cache.blocks_per_chunk
+
+
+class OffloadingConfig: ...
+
+
+def get_offload_group_idx(key: bytes) -> int:
+    return int.from_bytes(key[-4:], "big")
+
+
+_BASE = (
+    BlockIDsLoadStoreSpec, CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor,
+    GPULoadStoreSpec, LookupResult, Medium, OffloadingEvent, OffloadingManager, OffloadingSpec,
+    OffloadingWorker, PrepareStoreOutput, ReqContext, RequestOffloadingContext, TransferResult,
+    get_offload_group_idx,
+)  # fmt: skip
+_MODULES: dict[str, tuple[Any, ...]] = {
+    "vllm": (),
+    "vllm.config": (
+        KVTransferConfig,
+        get_current_vllm_config_or_none,
+        set_current_vllm_config,
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector": (OffloadingConnector,),
+    "vllm.platforms": (),
+    "vllm.v1.kv_cache_interface": (
+        FullAttentionSpec,
+        SlidingWindowSpec,
+        UniformTypeKVCacheSpecs,
+    ),
+    "vllm.v1.kv_offload.base": _BASE,
+    "vllm.v1.kv_offload.config": (OffloadingConfig,),
+    "vllm.v1.metrics.cache_hit_source": (CacheHitSource,),
+}
+
+
+@contextmanager
+def installed(version: str = "0.32.0") -> Iterator[None]:
+    """Make the stand-ins importable as vLLM, unless vLLM is installed."""
+    if find_spec("vllm") is not None:
+        yield
+        return
+    added = dict[str, ModuleType]()
+    for name, members in _MODULES.items():
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            parent = ".".join(parts[:count])
+            added.setdefault(parent, ModuleType(parent))
+        for member in members:
+            setattr(added[name], member.__name__, member)
+    added["vllm"].__version__ = version
+    added["vllm.platforms"].current_platform = SimpleNamespace(device_type="cpu")
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
