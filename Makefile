@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all checks lint format types tests slow conformance setup-services docs diagrams matrix crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all checks lint format types tests slow conformance setup-services docs diagrams matrix vllm crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -71,6 +71,10 @@ setup-services: ## install the servers that some tests start: Debian's redis-ser
 
 matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix
 	@python=$$(command -v $(PYTHON) | head -n 1); "$$python" tests/matrix.py $(ARGS)
+
+vllm: $(STAMP) ## kvpager's tiers below vLLM itself, on the CPU, in .venv-vllm (1.3 GB, made once)
+	@$(BIN)/python tests/vllm_environment.py
+	@HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -o filterwarnings= -o faulthandler_timeout=900 tests/integrations/vllm $(ARGS)
 
 crash: $(STAMP) ## the disk store: 1,000 killed processes, flipped bits, damaged directories; ARGS='--kills 50' for fewer
 	@$(BIN)/python tests/crash.py $(ARGS)
@@ -148,7 +152,7 @@ endef
 export GPU_WORKERS
 
 clean: ## remove .venv, caches and builds
-	rm -rf .venv .venv-matrix .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-matrix .venv-vllm .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find $(CODE) tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # One environment, remade when what it holds is to change. A Python without ensurepip (some Linux

@@ -6,8 +6,9 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,9 @@ class HostRows:
     """Rows of bytes in a file in memory.
 
     The first process makes the file, the others open it. The last one to come removes its name, so
-    the memory ends with the processes, however they end. A file that no process uses was left by
-    an engine that died, and is made anew.
+    the memory ends with the processes, however they end. A process that ends before that removes
+    the name, too. A file that no process uses was left by an engine that was killed, and is made
+    anew.
 
     Attributes:
         rows: uint8 [num_rows, row_bytes].
@@ -48,6 +50,7 @@ class HostRows:
             memory = mmap.mmap(file, num_bytes + _COUNT_BYTES)
             self._count = np.frombuffer(memory, np.int64, 1, num_bytes)
             self._count += 1
+            self._finalizer = weakref.finalize(self, _remove, self._path, os.fstat(file).st_ino)
             if self._count[0] == num_processes:
                 os.unlink(self._path)
             fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, as long as that is in use
@@ -86,6 +89,13 @@ class HostRows:
                 f"host_memory: {size(num_bytes)} do not fit into {os.path.dirname(self._path)}. "
                 "Make it larger (docker run --shm-size=...), or lower host_memory."
             ) from None
+
+
+def _remove(path: str, inode: int) -> None:
+    """Remove the name of a file, unless another file has it now."""
+    with suppress(FileNotFoundError):
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
 
 
 def _is_alone(file: int) -> bool:

@@ -6,6 +6,9 @@ import logging
 import mmap
 import os
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvpager._text import size
 from kvpager.blocks.policies import make_policy
 from kvpager.integrations.vllm.host_rows import HostRows
@@ -58,7 +61,7 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
 
     def get_manager(self) -> KvpagerOffloadingManager:
         rows = self._rows()
-        lower = self._lower(rows) if self._options.tiers else None
+        lower = self._lower(rows.rows) if self._options.tiers else None
         events = self.kv_events_config.enable_kv_cache_events
         return KvpagerOffloadingManager(self._tier, rows, lower, events=events)
 
@@ -83,7 +86,7 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         policy = make_policy(self._options.eviction, self._num_chunks)
         return KeyedTier(self._num_chunks, policy)
 
-    def _lower(self, rows: HostRows) -> LowerTiers:
+    def _lower(self, rows: NDArray[np.uint8]) -> LowerTiers:
         tiers, model_id = self._options.tiers, self._options.model_id
         if are_private(tiers):
             model_id = model_id or self.config.model.name
@@ -92,4 +95,4 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
             logger.warning("kvpager: PYTHONHASHSEED is ignored, so that processes share blocks.")
         layout = chunk_layout(self.config, self._model_config, model_id, self._chunk_bytes)
         stores = open_stores(tiers, layout=layout)
-        return LowerTiers(stores, rows.rows, store_keys(layout))
+        return LowerTiers(stores, rows, store_keys(layout))

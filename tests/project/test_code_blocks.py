@@ -28,6 +28,7 @@ NOT_TESTED = {
     ("docs/models.md", "takes hours"): 1,
     ("docs/testing.md", "takes hours"): 1,
     ("docs/testing.md", "takes minutes"): 2,
+    ("docs/vllm.md", "needs vLLM"): 2,
 }
 
 

@@ -19,7 +19,7 @@ from tests.support.vllm_stand_ins import installed
 with installed():
     from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCacheTensor
 
-    from kvpager.integrations.vllm import connector, identity, interface, options, spec
+    from kvpager.integrations.vllm import connector, identity, interface, options, releases, spec
     from kvpager.integrations.vllm.host_rows import HostRows
     from kvpager.integrations.vllm.lower_tiers import LowerTiers
     from kvpager.integrations.vllm.manager import KvpagerOffloadingManager
@@ -39,6 +39,7 @@ __all__ = [
     "interface",
     "key_of",
     "options",
+    "releases",
     "spec",
 ]
 

@@ -43,11 +43,19 @@ def test_two_engines_of_one_name_share_nothing(tmp_path: Path) -> None:
 def test_rows_of_an_engine_that_died_are_made_anew(tmp_path: Path) -> None:
     dead = rows_of(tmp_path)
     dead.rows[:] = 1
+    dead._finalizer.detach()  # as if it were killed
     del dead
+    assert len(os.listdir(tmp_path)) == 1
     scheduler = rows_of(tmp_path, num_rows=5)
     assert not scheduler.rows.any()
     assert not scheduler.is_complete
     assert rows_of(tmp_path, num_rows=5).is_complete
+
+
+def test_an_engine_that_ends_at_its_start_leaves_no_file(tmp_path: Path) -> None:
+    scheduler = rows_of(tmp_path)
+    del scheduler
+    assert os.listdir(tmp_path) == []
 
 
 def test_rows_of_another_size_are_refused(tmp_path: Path) -> None:

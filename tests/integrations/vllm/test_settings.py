@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvpager.integrations.vllm.releases import check_release
-from tests.support.vllm_parts import caches_of, connector, identity, interface, options, spec
+from tests.support.vllm_parts import (
+    HostRows,
+    caches_of,
+    connector,
+    identity,
+    interface,
+    options,
+    releases,
+    spec,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the host memory of specs in the folder of the test."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(spec, "HostRows", partial(HostRows, folder=str(folder)))
 
 
 def model_config(**settings: Any) -> Any:
@@ -82,12 +103,23 @@ def test_a_bad_setting_is_named(
 @pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.0", "dev"])
 def test_another_release_of_vllm_is_refused(version: str) -> None:
     with pytest.raises(ImportError, match=rf"vllm {version}: .*Install 'vllm>=0.32,<0.34'"):
-        check_release(version)
+        releases.check_release(version)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1+cpu", "0.32.1.dev3"])
 def test_a_supported_release_of_vllm_passes(version: str) -> None:
-    check_release(version)
+    releases.check_release(version)
+
+
+def test_missing_vllm_is_named_with_the_way_out() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['vllm'] = None  # as if it were not installed\n"
+        "import kvpager.integrations.vllm\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "pip install 'kvpager[vllm]'" in result.stderr
+    assert "torch" not in result.stderr
 
 
 # ---------------------------------------------------------------- the connector
@@ -127,10 +159,15 @@ def test_a_chunk_takes_whole_pages_of_host_memory() -> None:
     assert manager._rows.rows.shape == (8, 8192)
 
 
-def test_manager_and_worker_of_one_engine_share_rows() -> None:
+@pytest.mark.parametrize("worker_first", [True, False])
+def test_manager_and_worker_of_one_engine_share_rows(worker_first: bool) -> None:
     each = spec_of()
-    manager = each.get_manager()
-    worker = each.get_worker(caches_of([[0]], 4, 3000))
+    if worker_first:  # as vLLM does
+        worker = each.get_worker(caches_of([[0]], 4, 3000))
+        manager = each.get_manager()
+    else:
+        manager = each.get_manager()
+        worker = each.get_worker(caches_of([[0]], 4, 3000))
     assert manager._rows.is_complete
     worker._rows[:] = 3
     assert manager._rows.rows[:, :6000].all()

@@ -1,0 +1,160 @@
+"""vLLM itself, with kvpager's tiers below it: the tokens of vLLM alone, and the bytes it saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm"),
+]
+BLOCKS = {"llama": 160, "gemma": 400}
+Run = Callable[..., dict[str, Any]]
+
+
+def run(model: Path, *arguments: str, **environment: str) -> dict[str, Any]:
+    result = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-m", "tests.support.vllm_scenarios", str(model)),
+            *("--blocks", str(BLOCKS[model.name]), *arguments),
+        ],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def offloaded(model: Path, *arguments: str, environment: Any = None, **settings: Any) -> Any:
+    return run(model, "--offload", json.dumps(settings), *arguments, **(environment or {}))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support.vllm_models import save_model
+
+    folder = tmp_path_factory.mktemp("models")
+    for name in BLOCKS:
+        save_model(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(models: Path) -> dict[str, Any]:
+    """What vLLM answers without kvpager."""
+    return {name: run(models / name)["answers"] for name in BLOCKS}
+
+
+def tokens(answers: dict[str, Any], name: str) -> list[Any]:
+    return [each["answers"] for each in answers[name]]
+
+
+def cached(found: dict[str, Any], name: str) -> list[Any]:
+    return [each["cached"][0] for each in found["answers"][name]]
+
+
+def check(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    """The tokens are those of vLLM alone, loaded bytes those that were saved, nothing is held."""
+    for name in found["answers"]:
+        assert tokens(found["answers"], name) == tokens(alone, name), name
+    assert found["compared"] > 100
+    assert found["wrong"] == []
+    assert found["device"]["free"] == found["device"]["blocks"] - 1  # all but the null block
+    [host] = found["host"]
+    assert (host["pinned"], host["writing"]) == (0, 0)
+
+
+def test_host_memory_changes_no_token(models: Path, alone: dict[str, Any]) -> None:
+    found = offloaded(models / "llama", host_memory="128MiB")
+    check(found, alone["llama"])
+    assert cached(found, "cold_warm_reset") == [0, 1024, 1024]
+    assert cached(found, "overflow") == [1024]
+    assert cached(found, "salts") == [0, 0, 576]
+    assert found["preempted"] > 0
+
+
+def test_a_tight_pool_over_a_disk_changes_no_token(
+    models: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    found = offloaded(
+        models / "llama",
+        host_memory="24MiB",
+        tiers=[f"disk:{tmp_path / 'kv'}?capacity=1GiB&admit=always"],
+        eviction="lifetime",
+        blocks_per_chunk=4,
+    )
+    check(found, alone["llama"])
+    assert found["host"][0]["slots"] == 48  # all prompts together have three times as many chunks
+    assert cached(found, "overflow") == [1024]
+    assert cached(found, "salts") == [0, 0, 512]
+
+
+@pytest.mark.parametrize("per_chunk", [1, 4])
+def test_sliding_windows_change_no_token(
+    models: Path, alone: dict[str, Any], tmp_path: Path, per_chunk: int
+) -> None:
+    found = offloaded(
+        models / "gemma",
+        host_memory="24MiB",
+        tiers=[f"disk:{tmp_path / 'kv'}?capacity=1GiB"],
+        blocks_per_chunk=per_chunk,
+    )
+    check(found, alone["gemma"])
+    assert cached(found, "cold_warm_reset")[2] == 1024
+    assert cached(found, "salts")[:2] == [0, 0]
+    assert cached(found, "salts")[2] >= 512
+
+
+def test_another_process_loads_what_one_saved(
+    models: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    digests = ["--digests", str(tmp_path / "digests.json")]
+    settings = {"host_memory": "128MiB", "tiers": [f"disk:{tmp_path / 'kv'}?capacity=1GiB"]}
+    for seed, scenario in (("1", "cold_warm_reset"), ("2", "prefix_again")):
+        found = offloaded(
+            models / "llama",
+            *digests,
+            *("--scenarios", scenario),
+            environment={"PYTHONHASHSEED": seed},
+            **settings,
+        )
+    assert tokens(found["answers"], "prefix_again") == tokens(alone["llama"], "cold_warm_reset")[2:]
+    assert cached(found, "prefix_again") == [1056]  # all of the prompt that fills blocks
+    assert found["compared"] >= 32
+    assert found["wrong"] == []
+
+
+def test_an_engine_in_its_own_process_says_the_same(models: Path, alone: dict[str, Any]) -> None:
+    before = set(os.listdir("/dev/shm"))
+    found = offloaded(
+        models / "llama",
+        *("--scenarios", "cold_warm_reset,preemption"),
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        host_memory="128MiB",
+    )
+    for name in found["answers"]:
+        assert tokens(found["answers"], name) == tokens(alone["llama"], name)
+    assert cached(found, "cold_warm_reset") == [0, 1024, 1024]
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_rows_that_are_exchanged_on_purpose_are_noticed(models: Path) -> None:
+    found = offloaded(
+        models / "llama",
+        *("--spoil", "--scenarios", "cold_warm_reset"),
+        host_memory="128MiB",
+    )
+    assert len(found["wrong"]) >= 32  # all but those of transfers of one block
