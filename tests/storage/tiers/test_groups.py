@@ -184,9 +184,9 @@ def test_blocks_come_from_whichever_store_has_them() -> None:
         for number, (key, block) in enumerate(whole):
             stores[number % 2].blocks[key] = block
         other = GroupNode((None, 9), stores)
-        runs = other.fetch(prompt(1, LENGTH)) if seed else 0
-        assert other.compute(prompt(1, LENGTH)) == runs * SIZE
-        other.tiering.close()
+        assert other.fetch(prompt(1, LENGTH)) == CONTINUES
+        assert other.compute(prompt(1, LENGTH)) == CONTINUES * SIZE
+        other.end()
 
 
 @pytest.mark.parametrize("near", ["windows", "the rest"])
