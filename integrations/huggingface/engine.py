@@ -35,7 +35,6 @@ from kvpager.engine.core import EngineCore
 from kvpager.engine.detokenizer import text_tokenizer
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.stream import Output, Stream
-from kvpager.engine.tiers import EngineTiers
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
@@ -66,6 +65,7 @@ from kvpager.integrations.huggingface.runner.sizing import pool_blocks, require_
 from kvpager.integrations.huggingface.runner.tiers import open_tiers, refuse_tiers, start_with_tiers
 from kvpager.integrations.huggingface.runner.wrappers import unwrapped
 from kvpager.scheduling.request import Request
+from kvpager.storage.tiers.controls import TierControls
 
 logger = logging.getLogger("kvpager")
 
@@ -330,7 +330,7 @@ class Engine:
         return self._core.quotas
 
     @property
-    def tiers(self) -> EngineTiers:
+    def tiers(self) -> TierControls:
         """The engine's tiers: `engine.tiers.forget("acme")`. Raises: `KVPagerError` without."""
         if self._core.tiers is None:
             raise KVPagerError("this engine has no tiers. Pass Engine(model, tiers=...).")

@@ -37,6 +37,7 @@ from kvpager.engine.tiers import EngineTiers
 from kvpager.errors import EngineClosed
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
+from kvpager.storage.tiers.controls import TierControls
 from kvpager.storage.tiers.tiering import Tiering
 
 logger = logging.getLogger("kvpager")
@@ -110,9 +111,10 @@ class EngineCore:
         guard = None if watch is None else ModelGuard(watch, scheduler, self._lock)
         self._fetching = self.tiers = None
         if tiering is not None:
-            self.tiers = EngineTiers(tiering, self._locked, self.refuse_closed)
             wake = partial(self._inbox.put, None)
             self._fetching = Fetching(scheduler, tiering, self._lock, guard, wake, save_wait_s)
+            owner = EngineTiers(tiering, self._fetching, self._locked, self.refuse_closed)
+            self.tiers = TierControls(owner)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, self._fetching, on_step)
         quotas = LiveQuotas(scheduler.manager, self._loop.requests)

@@ -6,13 +6,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+from numpy.typing import ArrayLike
+
 from kvpager.engine.model_watch import ModelGuard
 from kvpager.engine.prompt_saves import PromptSaves
+from kvpager.engine.warming import GRACE_S, Warming
 from kvpager.plans import LoadBlocks, StepPlan, Transfer
-from kvpager.scheduling.request import Request
+from kvpager.scheduling.request import Request, lora_of_version
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.tiering import Tiering
@@ -25,7 +29,6 @@ _CLEANED_PER_STEP = 64  # blocks offered to the stores, at most
 # the prompt, because each time costs O(prompt).
 _ATTACHED_MIN, _ATTACHES = 32, 4
 _LAST_SAVES_S = 5.0
-_GRACE_S = 0.05  # for stores to end a load after its deadline
 
 
 class _Held(NamedTuple):
@@ -76,6 +79,7 @@ class Fetching:
         self._saves = None
         if save_wait_s is not None:
             self._saves = PromptSaves(scheduler, tiering, save_wait_s)
+        self._warming = Warming(tiering, wake)
         tiering.on_progress = wake
 
     def begin(self, request: Request) -> None:
@@ -97,6 +101,15 @@ class Fetching:
             self._held = [held for held in self._held if held.fetch is not fetch]
             self._tiering.cancel(fetch)
             raise
+
+    def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> Future[int]:
+        """Fetch a prompt without a request. Returns how many tokens were added. O(tokens)."""
+        lora = lora_of_version(None, self._cache_version)
+        if self._check_on():
+            return self._warming.begin(prompt, namespace, lora, wait_s)
+        nothing = Future[int]()
+        nothing.set_result(0)
+        return nothing
 
     def note_prompts(self, requests: Iterable[Request]) -> None:
         """Record that prompts of live requests are computed: they may be saved. O(requests)."""
@@ -121,7 +134,9 @@ class Fetching:
 
     @property
     def is_waiting(self) -> bool:
-        """True if the end of a request waits for stores. O(1)."""
+        """True if the end of a request waits for stores, or the caller of `warm` does. O(1)."""
+        if self._warming.is_waiting:
+            return True
         return self._saves is not None and self._saves.is_waiting
 
     def take_tokens_by_store(self, request_id: Hashable) -> dict[str, int]:
@@ -160,6 +175,7 @@ class Fetching:
                     self._saves.copy()  # before fetches take the place of these blocks
                     self._saves.report()
                 room = self._end_fetches(self._tiering.step_blocks_max)
+                room = self._warming.attach(room)
                 if is_cleaning and self._is_on:
                     self._clean(room)
             except Exception:
@@ -195,7 +211,7 @@ class Fetching:
             if fetch.slots and not room:
                 self._wake()  # the next step copies more
             is_waiting = bool(fetch.slots) or not is_done
-            if not is_done and now >= fetch.deadline + _GRACE_S:
+            if not is_done and now >= fetch.deadline + GRACE_S:
                 self._tiering.cancel(fetch)
                 is_waiting = False
             if is_waiting:
@@ -240,6 +256,7 @@ class Fetching:
                 self._scheduler.release(request_id)
         if self._saves is not None:
             self._saves.give_up()
+        self._warming.give_up()
 
     def close(self, *, saving: bool, run_plan: Callable[[], object]) -> None:
         """Give up all fetches, and close the stores after the saves under way.

@@ -1,4 +1,4 @@
-"""What callers may ask of an engine's tiers."""
+"""The tiers of an engine, for any thread."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from numpy.typing import ArrayLike
+
+from kvpager.engine.fetching import Fetching
 from kvpager.storage.tiers.tiering import Tiering
+from kvpager.storage.tiers.tiering_stats import TieringStats
 
 
 class EngineTiers:
-    """The tiers of an engine, for any thread.
+    """Implements `TiersOwner` for an engine.
 
     Args:
         tiering: the engine's.
+        fetching: attaches what it loads.
         locked: returns the engine's lock.
         refuse_closed: raises `EngineClosed` if the engine has ended.
     """
@@ -21,33 +26,28 @@ class EngineTiers:
     def __init__(
         self,
         tiering: Tiering,
+        fetching: Fetching,
         locked: Callable[[], AbstractContextManager[Any]],
         refuse_closed: Callable[[], None],
     ) -> None:
         self._tiering = tiering
-        self._locked = locked
+        self._fetching = fetching
+        self.locked = locked
         self._refuse_closed = refuse_closed
 
-    def limit(
-        self, namespace: str, *, capacity: int | str | None = None, ttl_s: float | None = None
-    ) -> None:
-        """Bound what each store keeps of a namespace: bytes such as "4GiB", and seconds. O(1).
+    def tiering(self) -> Tiering:
+        """Return the tiering. Call under the lock. Raises: `EngineClosed`."""
+        self._refuse_closed()
+        return self._tiering
 
-        Blocks that other processes saved do not count. Raises: `ValueError`, `TypeError` for a bad
-        argument; `EngineClosed`.
-        """
-        with self._locked():
+    def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> int:
+        """Load a prompt, and wait until the engine's thread attached it. Raises: `EngineClosed`."""
+        with self.locked():
             self._refuse_closed()
-            self._tiering.limit(namespace, capacity=capacity, ttl_s=ttl_s)
+            work = self._fetching.warm(prompt, namespace, wait_s)
+        return work.result()
 
-    def forget(self, namespace: str) -> int:
-        """Drop the cached prompts of a namespace from the device and from all stores.
-
-        Waits for the stores. Running requests may publish their prompts again. Returns how many
-        blocks left the stores: those that this process saved or loaded. Raises: `EngineClosed`;
-        `TypeError` for a namespace that is no name.
-        """
-        with self._locked():
-            self._refuse_closed()
-            dropped = self._tiering.forget(namespace)
-        return dropped.result()
+    def stats(self) -> TieringStats:
+        """Return current counts. O(stores)."""
+        with self.locked():
+            return self._fetching.stats()

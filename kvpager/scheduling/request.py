@@ -80,11 +80,14 @@ class RequestState:
     @property
     def identity(self) -> tuple[str | None, str | None]:
         """Return the namespace and the LoRA whose prefixes the request may share."""
-        # A caller's NULs are doubled: no name of a LoRA ends like one with a version.
-        lora = self.request.lora and self.request.lora.replace("\0", "\0\0")
-        if self.cache_version:
-            lora = f"{lora or ''}\0{self.cache_version}"
-        return self.request.namespace, lora
+        return self.request.namespace, lora_of_version(self.request.lora, self.cache_version)
+
+
+def lora_of_version(lora: str | None, cache_version: int) -> str | None:
+    """Return the LoRA under which prefixes of a version of the cache are cached. O(1)."""
+    # A caller's NULs are doubled: no name of a LoRA ends like one with a version.
+    lora = lora and lora.replace("\0", "\0\0")
+    return f"{lora or ''}\0{cache_version}" if cache_version else lora
 
 
 def checked_prompt(request: Request) -> Int32:

@@ -22,6 +22,7 @@ from kvpager.integrations.huggingface.patching.report import PatchStats, report
 from kvpager.integrations.huggingface.patching.undo import restore_all
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.prefix.prompt_tiers import PromptTiers
+from kvpager.storage.tiers.controls import TierControls
 
 lock = new_lock()
 uninterrupted = Uninterrupted(lock)
@@ -79,7 +80,16 @@ class Patch:
         return self in active
 
     @property
-    def tiers(self) -> PromptTiers | None:
+    def tiers(self) -> TierControls:
+        """The patch's tiers: `patch.tiers.forget("acme")`. Raises: `KVPagerError` without."""
+        if self.prompt_tiers is None:
+            raise KVPagerError(
+                "this patch has no tiers. Pass patch(model, prefix_cache=True, tiers=...)."
+            )
+        return TierControls(self.prompt_tiers)
+
+    @property
+    def prompt_tiers(self) -> PromptTiers | None:
         """Return the stores that keep its prompts; None without any. O(1)."""
         return None if self.prompts is None else self.prompts.tiers
 
@@ -128,15 +138,15 @@ class Patch:
         for manager in list(self.managers):
             manager.note_doubt()
         lines = [report(self.memory, self.stats())]
-        return "\n".join(lines if self.tiers is None else lines + self.tiers.report())
+        return "\n".join(lines if self.prompt_tiers is None else lines + self.prompt_tiers.report())
 
     def clear_prefix_cache(self) -> None:
         """Free cached prefixes, and all memory that no live cache needs. O(cached blocks).
 
         Tiers are not used any more, since their blocks may be those of a changed model, too.
         """
-        if self.tiers is not None:
-            self.tiers.turn_off("the prefix cache was cleared")
+        if self.prompt_tiers is not None:
+            self.prompt_tiers.turn_off("the prefix cache was cleared")
         self.memory.clear_prefix_cache()
 
     def undo(self) -> None:
@@ -146,8 +156,9 @@ class Patch:
         nothing if the patch was undone before.
         """
         try:
-            if self.is_active and self.tiers is not None:
-                self.tiers.save_last()  # while the model is as it was when its blocks were made
+            if self.is_active and self.prompt_tiers is not None:
+                # While the model is as it was when its blocks were made.
+                self.prompt_tiers.save_last()
         finally:
             self._undo()
 
@@ -159,8 +170,8 @@ class Patch:
             if not active:
                 restore_all()
         release_managers(self.managers)
-        if self.tiers is not None:
-            self.tiers.close()
+        if self.prompt_tiers is not None:
+            self.prompt_tiers.close()
         self.memory.clear_prefix_cache()
 
     def __enter__(self) -> Patch:

@@ -119,16 +119,17 @@ def _begin(model: nn.Module | None, paged: PagedMemory, stores: EngineConfig) ->
     try:
         with lock, uninterrupted:
             _refuse_second(model)
-            if made.tiers is not None:
-                made.tiers.refuse_change()
+            if made.prompt_tiers is not None:
+                made.prompt_tiers.refuse_change()
             if not active:
                 install()
-            if made.tiers is not None:
-                made.tiers.renew()  # a model with other attention functions has another version
+            if made.prompt_tiers is not None:
+                # A model with other attention functions has another version.
+                made.prompt_tiers.renew()
             active.append(made)
     except BaseException:
-        if made.tiers is not None:
-            made.tiers.close()
+        if made.prompt_tiers is not None:
+            made.prompt_tiers.close()
         raise
     return made
 

@@ -65,8 +65,8 @@ def _generate(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
         return original(self, *args, **kwargs)
     with serving.memory.calls.running():
         result = original(self, *args, **kwargs)
-    if serving.tiers is not None:
-        serving.tiers.save()
+    if serving.prompt_tiers is not None:
+        serving.prompt_tiers.save()
     return result
 
 

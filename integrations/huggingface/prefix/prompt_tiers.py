@@ -13,12 +13,18 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import wait
+from contextlib import AbstractContextManager
+from typing import Any
 
+from numpy.typing import ArrayLike
+
+from kvpager import _validate as arguments
 from kvpager._text import counted
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.pools import PagedPool
-from kvpager.integrations.huggingface.cache.prompt import Prompt
+from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
+from kvpager.plans import Int32
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.tiering import Tiering
 from kvpager.storage.tiers.tiering_stats import TieringStats
@@ -45,6 +51,10 @@ class NamedModel:
     def renew(self) -> None:
         """Take the model as it is now. O(modules + weights)."""
         self.state = self._watch.look()
+
+    def look(self) -> str:
+        """Return the version of `PrefixKey` for the model as it is now. O(modules + weights)."""
+        return str(self._watch.look().version)
 
     def made(self, version: str | None) -> bool:
         """Return True if the model made blocks of this version of `PrefixKey`. O(1)."""
@@ -79,6 +89,17 @@ class PromptTiers:
     def _is_on(self) -> bool:
         return self._off is None and self._process == os.getpid()
 
+    def locked(self) -> AbstractContextManager[Any]:
+        """Return the pool's lock."""
+        lock: AbstractContextManager[Any] = self._lock
+        return lock
+
+    def tiering(self) -> Tiering:
+        """Return the tiering. Call under the lock. Raises: `KVPagerError` after `close`."""
+        if self._is_closed or self._process != os.getpid():
+            raise KVPagerError("tiers: this patch was undone, or is that of another process.")
+        return self._tiering
+
     def refuse_change(self) -> None:
         """Raise `KVPagerError` if the model changed since it was named. O(modules + weights)."""
         if not self._model.is_unchanged():
@@ -94,41 +115,62 @@ class PromptTiers:
         Waits until all blocks are there, or until the deadline: half of the time that computing
         them takes. Uses those that came in order.
         """
-        fetches: list[Fetch] = []
+        self._fetch(prompt.rows, prompt.key)
+
+    def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> int:
+        """Put a prompt into the prefix cache, whatever computing it takes. O(tokens + bytes).
+
+        `namespace` is that of calls now if None. Returns how many tokens were added. Raises: as
+        `tiering`.
+        """
+        self.tiering()
+        if namespace is None:
+            namespace = self._pool.memory.namespaces.current
+        key = PrefixKey(namespace, self._model.look())
+        return self._fetch([arguments.token_ids(prompt)], key, wait_s)
+
+    def _fetch(self, rows: list[Int32], key: PrefixKey, wait_s: float | None = None) -> int:
+        """Fetch rows under a key; return how many tokens were added."""
+        fetches, count = list[Fetch](), 0
         try:
             with self._lock, self._uninterrupted:
-                if self._is_on and not self._model.made(prompt.key.version):
+                if self._is_on and not self._model.made(key.version):
                     self.turn_off("the model changed")
-                self._begin(prompt, fetches)
+                self._begin(rows, key, wait_s, fetches)
             for fetch in fetches:
                 wait([fetch.work], max(fetch.deadline + _GRACE_S - time.monotonic(), 0))
         finally:
             if fetches:
                 with self._lock, self._uninterrupted:
-                    self._end(fetches, prompt)
+                    count = self._end(fetches, rows, key)
+        return count
 
-    def _begin(self, prompt: Prompt, fetches: list[Fetch]) -> None:
+    def _begin(
+        self, rows: list[Int32], key: PrefixKey, wait_s: float | None, fetches: list[Fetch]
+    ) -> None:
         """Begin to fetch each row, and add it to `fetches`."""
-        namespace, version = prompt.key
         if not self._is_on:
             return
         try:
-            for row in prompt.rows:
-                fetch = self._tiering.begin(row, namespace=namespace, lora=version)
+            for row in rows:
+                fetch = self._tiering.begin(
+                    row, namespace=key.namespace, lora=key.version, wait_s=wait_s
+                )
                 if fetch is not None:
                     fetches.append(fetch)
         except Exception:
             self._give_up()
 
-    def _end(self, fetches: list[Fetch], prompt: Prompt) -> None:
-        """Attach fetches that are done, and cancel those that are late."""
+    def _end(self, fetches: list[Fetch], rows: list[Int32], key: PrefixKey) -> int:
+        """Attach fetches that are done, and cancel those that are late. Return their tokens."""
+        before = self._fetched.total()
         if self._is_closed:  # which cancelled them
-            return
+            return 0
         try:
             if self._is_on and any(fetch.is_done and fetch.slots for fetch in fetches):
                 # For all rows, or a row's blocks would evict those of the row before.
                 size = self._pool.block_size
-                self._pool.make_room(sum(-(-len(row) // size) for row in prompt.rows), prompt.key)
+                self._pool.make_room(sum(-(-len(row) // size) for row in rows), key)
             for fetch in fetches:
                 if self._is_on and fetch.is_done:
                     self._fetched.update(self._tiering.attach(fetch))
@@ -137,6 +179,7 @@ class PromptTiers:
         finally:
             for fetch in fetches:
                 self._tiering.cancel(fetch)  # no effect on those that were attached
+        return self._fetched.total() - before
 
     @property
     def _is_closed(self) -> bool:

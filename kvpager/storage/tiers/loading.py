@@ -41,6 +41,7 @@ class Fetch:
         slots: the staging slots of blocks loaded, in order from block `first` on.
         sources: the number of the store that each of them came from.
         is_void: True if its blocks may not be used any more.
+        is_asked_for: True if also blocks are loaded that the model computes sooner.
         blocks: what is known of the prompt's blocks if the layers form groups. Then `keys` is
             empty, and the slots hold the blocks `blocks.places`.
         ticket: its number among the fetches of followers.
@@ -57,6 +58,7 @@ class Fetch:
     slots: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     is_void: bool = False
+    is_asked_for: bool = False
     blocks: GroupBlocks | None = None
     work: Future[None] = field(default_factory=Future)
     ticket: int = 0
@@ -194,7 +196,7 @@ class Loader:
         surplus = self._dropper.drop_surplus(number)  # blocks that are too old are not served
         wanted = list(takewhile(lambda key: key not in surplus, wanted))
         count = self._find(fetch, number, wanted)
-        if not count or not self._is_worth(number, count, count):
+        if not count or not (fetch.is_asked_for or self._is_worth(number, count, count)):
             return
         self.costs[number].begin_load()
         for start in range(0, count, _BATCH):
@@ -223,7 +225,7 @@ class Loader:
     def _load_groups(self, fetch: Fetch, blocks: GroupBlocks) -> None:
         """Load the blocks that the longest prefix needs to continue, from whichever stores."""
         unusable = [set(self._dropper.drop_surplus(number)) for number in range(len(self._stores))]
-        while not self._is_over(fetch) and self._find_groups(blocks, unusable):
+        while not self._is_over(fetch) and self._find_groups(fetch, blocks, unusable):
             while not self._is_over(fetch):
                 batch = next_batch(blocks, self._staging.num_free, _BATCH)
                 if batch is None:
@@ -238,7 +240,7 @@ class Loader:
                     unusable[batch.store].add(batch.keys[num_loaded])
                     break  # look for another way
 
-    def _find_groups(self, blocks: GroupBlocks, unusable: list[set[bytes]]) -> bool:
+    def _find_groups(self, fetch: Fetch, blocks: GroupBlocks, unusable: list[set[bytes]]) -> bool:
         """Look up what the stores have. Return True if they add to the prefix."""
         blocks.stored[:] = False
         most, num_known = self._staging.num_free, -1
@@ -247,7 +249,7 @@ class Loader:
             if len(blocks.stores) < 2:
                 break
         self._ask_all(find_windows, blocks, unusable, most)
-        for number in list(blocks.stores):
+        for number in [] if fetch.is_asked_for else list(blocks.stores):
             num_loads = blocks.num_from(number)
             if num_loads and not self._is_worth(number, blocks.num_new, num_loads):
                 blocks.leave_out(number)

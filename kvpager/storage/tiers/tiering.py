@@ -140,15 +140,17 @@ class Tiering:
         namespace: str | None = None,
         lora: str | None = None,
         mm_hashes: Iterable[tuple[int, int, bytes]] = (),
+        wait_s: float | None = None,
     ) -> Fetch | None:
         """Begin to load the blocks of `prompt` that are not cached. O(tokens).
 
         Returns None if all are cached, if 256 fetches are under way, or if every store would take
-        longer than the model. Two prompts with the same first missing block get the same `Fetch`,
-        which does not load the other blocks of the second.
+        longer than the model. With `wait_s`, loads for so many seconds, whatever the model takes.
+        Two prompts with the same first missing block get the same `Fetch`, which does not load the
+        other blocks of the second.
         """
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": list(mm_hashes)}
-        return self._begin(prompt, identity, self._wait_s)
+        return self._begin(prompt, identity, wait_s)
 
     def _wait_s(self, num_blocks: int, num_loads: int) -> float | None:
         """Return how long to wait for blocks; None if they are computed sooner."""
@@ -159,9 +161,7 @@ class Tiering:
             return self._max_wait_s
         return min(self._max_wait_s, self._recompute_s(num_blocks) / 2)
 
-    def _begin(
-        self, prompt: ArrayLike, identity: KeyParts, wait_s: Callable[[int, int], float | None]
-    ) -> Fetch | None:
+    def _begin(self, prompt: ArrayLike, identity: KeyParts, wait_s: float | None) -> Fetch | None:
         tokens, manager, size = arguments.token_ids(prompt), self._manager, self._manager.block_size
         # The last token is always computed, so its block need not be complete.
         num_blocks = (len(tokens) - 1) // size
@@ -174,9 +174,12 @@ class Tiering:
         if fetch is None:
             if len(self._live) >= _FETCHES_MAX or not self._is_open:
                 return None
-            if (seconds := wait_s(num_blocks - first, new.num_missing)) is None:
+            new.is_asked_for = wait_s is not None
+            if wait_s is None:
+                wait_s = self._wait_s(num_blocks - first, new.num_missing)
+            if wait_s is None:
                 return None
-            fetch, new.deadline = new, time.monotonic() + seconds
+            fetch, new.deadline = new, time.monotonic() + wait_s
             self._live.add(fetch)  # first: an interrupt loses no slots
             self._fetching[fetch.name] = fetch
             try:
@@ -346,10 +349,9 @@ class Tiering:
         if self.followers.count:
             raise ValueError("warm: followers only fetch between steps. Submit requests instead.")
         wait_s = arguments.seconds("wait_s", wait_s)
-        identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": []}
         count = 0
         for prompt in prompts:
-            fetch = self._begin(prompt, identity, lambda *_: wait_s)
+            fetch = self.begin(prompt, namespace=namespace, lora=lora, wait_s=wait_s)
             if fetch is not None:
                 try:
                     wait([fetch.work])

@@ -26,6 +26,7 @@ from tests.support.tiered_engines import (  # noqa: E402
     flip_bits,
     in_a_process,
     llama,
+    prompt,
     store_stats,
     without_tiers,
 )
@@ -220,6 +221,15 @@ def test_a_namespace_keeps_no_more_than_its_limit(model: Any, disk: str) -> None
     with engine_over(model, disk) as engine:
         assert ask(engine, namespace="acme").num_cached_tokens <= 32
         assert store_stats(engine).num_blocks <= 2
+
+
+def test_a_warmed_prompt_is_on_the_device(model: Any, tokens: list[int], disk: str) -> None:
+    saved_by(model, disk)
+    with engine_over(model, disk) as engine:
+        assert engine.tiers.warm([prompt()]) == NUM_CACHED
+        output = ask(engine)
+    assert (output.token_ids, output.num_cached_tokens) == (tokens, NUM_CACHED)
+    assert output.cached_tokens_by_tier == {}
 
 
 # ------------------------------------------------------------------------------------ errors

@@ -55,7 +55,7 @@ def patched(model: Any, tiers: Any, **options: Any) -> Iterator[kvpager.Patch]:
     with patient_tiering():
         options = {"prefix_cache": True, "costs": DEAR} | options
         patch = kvpager.patch(model, tiers=tiers, **options)
-    opened = patch.tiers
+    opened = patch.prompt_tiers
     assert opened is not None
     manager, tiering = opened._pool.manager, opened._tiering
     with patch:
@@ -253,7 +253,7 @@ def test_one_damaged_block_ends_the_prefix(model: Any, disk: str) -> None:
     expected = ids(model, one())
     saved_by(model, disk, one())
     with patched(model, disk) as patch:
-        opened = patch.tiers
+        opened = patch.prompt_tiers
         assert opened is not None
         [store] = opened._tiering.stores
         find = store.find
@@ -273,7 +273,7 @@ def test_a_late_prompt_is_computed(model: Any, disk: str) -> None:
     saved_by(model, disk, one())
     late = PreemptionCosts(seconds_per_token=1e-6)
     with patched(model, disk, costs=late) as patch:
-        opened, release = patch.tiers, threading.Event()
+        opened, release = patch.prompt_tiers, threading.Event()
         assert opened is not None
         [store] = opened._tiering.stores
         find = store.find
@@ -286,7 +286,7 @@ def test_a_late_prompt_is_computed(model: Any, disk: str) -> None:
 def test_a_store_that_fails_costs_no_call(model: Any, disk: str) -> None:
     expected = ids(model, one())
     with patched(model, disk) as patch:
-        opened = patch.tiers
+        opened = patch.prompt_tiers
         assert opened is not None
 
         def fail(*_: Any, **__: Any) -> Any:
@@ -307,6 +307,65 @@ def test_clearing_the_prefix_cache_turns_tiers_off(model: Any, disk: str) -> Non
             assert patch.stats().prefix_hit_tokens == hits
         assert "0 tokens fetched" in patch.report()
         assert "because the prefix cache was cleared" in patch.report()
+
+
+# -------------------------------------------------------------------------------------- controls
+
+
+def test_a_warmed_prompt_is_in_the_pool(model: Any, disk: str) -> None:
+    expected = ids(model, one())
+    saved_by(model, disk, one(), namespace="acme")
+    with patched(model, disk) as patch:
+        prompt = one()["input_ids"][0]
+        assert patch.tiers.warm([prompt]) == 0
+        assert patch.tiers.warm([prompt, prompt], namespace="acme") == NUM_CACHED
+        store = patch.tiers.stats().tiers[0].store
+        with patch.namespace("acme"):
+            assert patch.tiers.warm([prompt]) == 0  # it is in the pool
+            assert ids(model, one()) == expected
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
+        assert patch.tiers.stats().tiers[0].store.hits == store.hits == NUM_CACHED // 16
+
+
+def test_a_changed_model_warms_nothing(disk: str) -> None:
+    changed = llama()
+    saved_by(changed, disk, one())
+    with patched(changed, disk) as patch:
+        changed.load_state_dict(edited().state_dict())
+        assert patch.tiers.warm([one()["input_ids"][0]]) == 0
+        assert "because the model changed" in patch.report()
+
+
+def test_a_forgotten_namespace_is_found_nowhere(model: Any, disk: str) -> None:
+    saved_by(model, disk, one(), namespace="acme")
+    with patched(model, disk, namespace="acme") as patch:
+        generate(model, one())
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
+        assert patch.tiers.forget("acme") == NUM_CACHED // 16
+        generate(model, one())
+        assert patch.stats().prefix_hit_tokens == NUM_CACHED
+    with pytest.raises(KVPagerError, match="was undone"):
+        patch.tiers.forget("acme")
+    assert patch.tiers.stats().tiers[0].store.hits == NUM_CACHED // 16
+
+
+def test_a_namespace_keeps_no_more_than_its_limit(model: Any, disk: str) -> None:
+    with patched(model, disk, namespace="acme") as patch:
+        block_bytes = patch.tiers.stats().tiers[0].store.block_bytes
+        patch.tiers.limit("acme", capacity=2 * block_bytes)
+        generate(model, one())
+    with patched(model, disk, namespace="acme") as patch:
+        generate(model, one())
+        assert patch.stats().prefix_hit_tokens <= 32
+        assert patch.tiers.stats().tiers[0].store.num_blocks <= 2
+
+
+def test_a_patch_without_tiers_says_so(model: Any) -> None:
+    with (
+        kvpager.patch(model, prefix_cache=True) as patch,
+        pytest.raises(KVPagerError, match="no tiers"),
+    ):
+        patch.tiers.forget("acme")
 
 
 # -------------------------------------------------------------------------------------- refusals

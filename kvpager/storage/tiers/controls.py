@@ -1,0 +1,80 @@
+"""What callers may ask of the tiers of an engine or of a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from numpy.typing import ArrayLike
+
+from kvpager import _validate as arguments
+from kvpager.storage.tiers.tiering import Tiering
+from kvpager.storage.tiers.tiering_stats import TieringStats
+
+
+class TiersOwner(Protocol):
+    """What has tiers: an engine or a patch. Any thread may call its methods."""
+
+    def locked(self) -> AbstractContextManager[Any]:
+        """Return the lock under which `tiering` is used. Raises: `EngineClosed` in a fork."""
+        ...
+
+    def tiering(self) -> Tiering:
+        """Return the tiering. Raises: `EngineClosed` or `KVPagerError` if the owner has ended."""
+        ...
+
+    def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> int:
+        """Load a prompt into the prefix cache; return how many tokens were added. O(bytes)."""
+        ...
+
+    def stats(self) -> TieringStats:
+        """Return current counts, also after the owner has ended. O(stores)."""
+        ...
+
+
+class TierControls:
+    """The tiers of an engine or of a patch: `engine.tiers`, `patch.tiers`. Any thread may call."""
+
+    def __init__(self, owner: TiersOwner) -> None:
+        self._owner = owner
+
+    def limit(
+        self, namespace: str, *, capacity: int | str | None = None, ttl_s: float | None = None
+    ) -> None:
+        """Bound what each store keeps of a namespace: bytes such as "4GiB", and seconds. O(1).
+
+        Blocks that other processes saved do not count. Raises: `ValueError`, `TypeError` for a bad
+        argument; `KVPagerError` if the engine or the patch has ended.
+        """
+        with self._owner.locked():
+            self._owner.tiering().limit(namespace, capacity=capacity, ttl_s=ttl_s)
+
+    def forget(self, namespace: str) -> int:
+        """Drop the cached prompts of a namespace from the device and from all stores.
+
+        Waits for the stores. Running requests may publish their prompts again. Returns how many
+        blocks left the stores: those that this process saved or loaded. Raises: `TypeError` for a
+        namespace that is no name; `KVPagerError` if the engine or the patch has ended.
+        """
+        with self._owner.locked():
+            dropped = self._owner.tiering().forget(namespace)
+        return dropped.result()
+
+    def warm(
+        self, prompts: Iterable[ArrayLike], *, namespace: str | None = None, wait_s: float = 60.0
+    ) -> int:
+        """Load prompts from the stores into the prefix cache, one after the other. O(bytes).
+
+        Waits for each at most `wait_s` seconds, also if computing it is faster. Returns how many
+        tokens were added. Do not call it on the thread of an engine, as in `on_step`. Raises:
+        `ValueError`, `TypeError` for a bad argument; `KVPagerError` if the engine or the patch has
+        ended.
+        """
+        arguments.label("namespace", namespace)
+        wait_s = arguments.seconds("wait_s", wait_s)
+        return sum(self._owner.warm(prompt, namespace, wait_s) for prompt in prompts)
+
+    def stats(self) -> TieringStats:
+        """Return current counts, also after the end of the engine or the patch. O(stores)."""
+        return self._owner.stats()
