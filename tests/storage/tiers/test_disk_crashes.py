@@ -9,6 +9,7 @@ import pytest
 from tests.support.disk_campaign import NUM_SLOTS, crashes
 from tests.support.disk_damage import DAMAGE, damaged, flips
 from tests.support.disk_faults import FAULTS
+from tests.support.power_loss import power_losses
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +20,14 @@ def test_killed_processes_leave_a_full_store_without_a_wrong_block(tmp_path: Pat
     assert (tally.wrong, tally.bad) == (0, 0)
     assert tally.served == tally.offered
     assert tally.least >= 0.9 * NUM_SLOTS
+
+
+def test_a_power_loss_serves_no_wrong_block(tmp_path: Path) -> None:
+    *_, tally = power_losses(tmp_path / "kv", losses=200, seed=6)
+    assert tally.runs == 200
+    assert tally.wrong == 0
+    assert tally.served > 0.5 * tally.offered
+    assert tally.bad > 0  # torn blocks were found
 
 
 @pytest.mark.parametrize("fault", FAULTS)
