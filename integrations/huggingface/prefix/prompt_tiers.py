@@ -185,14 +185,16 @@ class PromptTiers:
     def _is_closed(self) -> bool:
         return not hasattr(self, "_tiering")
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Offer idle blocks to the stores, until staging is full. O(blocks + bytes copied).
 
         Threads save the copies. Blocks that do not fit into staging are offered after a later call.
+        Return False if there was no block to save.
         """
-        if self._find_dirty():
-            while self._clean():
-                pass
+        is_dirty = self._find_dirty()
+        while is_dirty and self._clean():
+            pass
+        return is_dirty
 
     def _find_dirty(self) -> bool:
         """Return True if there is a block to save. Turns off if the model changed."""
@@ -257,7 +259,8 @@ class PromptTiers:
                 if not self._is_on:
                     return
                 self._tiering.on_progress = progress.set
-            self.save()
+            if not self.save():
+                return
             with self._lock:
                 if not self._is_on or self._tiering.is_clean:
                     return

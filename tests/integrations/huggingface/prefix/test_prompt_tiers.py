@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("xxhash")
 
 import kvpager  # noqa: E402
 from kvpager.errors import KVPagerError  # noqa: E402
+from kvpager.integrations.huggingface.prefix import prompt_tiers  # noqa: E402
 from kvpager.integrations.huggingface.runner import tiers as opening  # noqa: E402
 from kvpager.scheduling.preemption import PreemptionCosts  # noqa: E402
 from kvpager.storage.tiers.seals import Digest  # noqa: E402
@@ -102,6 +104,19 @@ def test_a_padded_batch_is_found_again(model: Any, disk: str, mode: dict[str, An
         assert ids(model, inputs, **mode) == expected
         assert patch.stats().prefix_hit_tokens == 136  # columns 0 to 96 and 40 to 80
         assert "144 from disk" in patch.report()
+
+
+def test_an_undo_without_blocks_to_save_waits_for_none(
+    model: Any, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Never(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            raise AssertionError("there is nothing to wait for")
+
+    monkeypatch.setattr(prompt_tiers, "threading", SimpleNamespace(Event=Never))
+    with patched(model, disk) as patch:
+        assert patch.tiers is not None
+        assert not patch.tiers.save()
 
 
 def test_a_chat_continues_after_a_restart(model: Any, disk: str) -> None:
