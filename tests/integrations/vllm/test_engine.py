@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.vllm_scenarios import ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
     pytest.mark.slow,
@@ -158,3 +160,22 @@ def test_rows_that_are_exchanged_on_purpose_are_noticed(models: Path) -> None:
         host_memory="128MiB",
     )
     assert len(found["wrong"]) >= 32  # all but those of transfers of one block
+
+
+def test_the_example_finds_its_prompt_again(models: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, **ENVIRONMENT}
+    program = [sys.executable, "-W", "ignore", "examples/vllm/offload.py"]
+    said = []
+    for _ in range(2):  # the second process finds it on disk
+        result = subprocess.run(
+            [*program, str(models / "llama"), str(tmp_path / "kv")],
+            cwd=ROOT,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+        said += [line for line in result.stdout.splitlines() if line.startswith(("first", "after"))]
+    counts = [int(line.rpartition(" [")[0].split()[-1]) for line in said]
+    assert counts == [0, 576, 576, 576]
+    assert len({line.rpartition(" [")[2] for line in said}) == 1
