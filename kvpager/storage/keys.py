@@ -222,8 +222,9 @@ def _root(context: KeyContext, block_size: int, group: KeyGroup) -> bytes:
 
 
 def _fields(tag: tuple[MMHash, ...]) -> Iterator[bytes]:
-    for start, stop, digest, _ in tag:
-        yield from (start.to_bytes(8, "little"), stop.to_bytes(8, "little"), digest)
+    for start, stop, digest, end in tag:
+        cut = b"" if end == stop else end.to_bytes(8, "little")
+        yield from (start.to_bytes(8, "little"), stop.to_bytes(8, "little") + cut, digest)
 
 
 def _joined(fields: Iterable[bytes]) -> bytes:

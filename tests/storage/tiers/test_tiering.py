@@ -94,6 +94,22 @@ def test_an_image_may_end_behind_the_loaded_blocks() -> None:
     other.end()
 
 
+def test_tokens_after_a_truncated_image_are_not_the_image() -> None:
+    image = [(2, 6, b"image of 16 byte")]
+    node = Node()
+    sequence = node.manager.allocate(prompt(1), mm_hashes=image)
+    node.manager.truncate(sequence, 5)
+    node.manager.append(sequence, prompt(1)[5:])
+    node.manager.commit(sequence)
+    node.manager.free(sequence)
+    found = node.manager.match_prefix(prompt(1), mm_hashes=image)
+    assert found < 2 * SIZE
+    node.clean()
+    other = Node(node.stores)
+    assert other.fetch(prompt(1), mm_hashes=image) == found // SIZE
+    other.end()
+
+
 def test_a_later_store_serves_what_an_earlier_one_lacks() -> None:
     near, far = (DictStore(64 * SIZE) for _ in range(2))
     node = Node()
