@@ -115,8 +115,8 @@ def test_an_undo_without_blocks_to_save_waits_for_none(
 
     monkeypatch.setattr(prompt_tiers, "threading", SimpleNamespace(Event=Never))
     with patched(model, disk) as patch:
-        assert patch.tiers is not None
-        assert not patch.tiers.save()
+        assert patch.prompt_tiers is not None
+        assert not patch.prompt_tiers.save()
 
 
 def test_a_chat_continues_after_a_restart(model: Any, disk: str) -> None:
