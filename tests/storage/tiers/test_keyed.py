@@ -198,6 +198,49 @@ def test_a_discarded_key_may_be_saved_elsewhere_at_once() -> None:
     assert tier.find(keys(0)) == 1
 
 
+# ---------------------------------------------------------------- slots without a key
+
+
+def test_a_taken_slot_evicts_and_is_free_when_given_up() -> None:
+    tier = KeyedTier(3)
+    fill(tier, [0, 1, 2])
+    slots, evicted = tier.take(2)
+    assert [key for key, _ in evicted] == keys(2, 1)
+    assert (tier.capacity, tier.num_ready) == (1, 1)
+    assert tier.take(2).slots.tolist() == []
+    assert len(tier.take(2, partly=True).slots) == 1
+    tier.unpin(slots)
+    assert (tier.capacity, tier.num_available) == (2, 2)
+    tier.check()
+
+
+def test_a_shared_slot_is_free_after_its_last_use() -> None:
+    tier = KeyedTier(1)
+    slots = tier.take(1).slots
+    tier.share(slots)
+    tier.unpin(slots)
+    assert tier.num_available == 0
+    tier.unpin(slots)
+    assert tier.num_available == 1
+    with pytest.raises(ValueError, match="not pinned"):
+        tier.share(slots)
+
+
+def test_a_named_slot_is_offered_and_stays_pinned() -> None:
+    tier = KeyedTier(4)
+    fill(tier, [0])
+    slots = tier.take(3).slots.tolist()
+    assert tier.name(slots, keys(1, 0, 1)).tolist() == [slots[0], KNOWN, KNOWN]
+    assert tier.find(keys(0, 1)) == 2
+    assert tier.reserve(keys(5, 6)).slots.tolist() == [NO_ROOM, NO_ROOM]
+    tier.unpin(slots)
+    assert tier.pin(keys(1)).tolist() == slots[:1]
+    assert tier.num_available == 3
+    with pytest.raises(ValueError, match="not taken"):
+        tier.name(slots[:1], keys(7))
+    tier.check()
+
+
 # ---------------------------------------------------------------- restore, pairs, close
 
 
@@ -306,6 +349,7 @@ class Histories(RuleBasedStateMachine):
         self.offered: dict[bytes, int] = {}
         self.writing: dict[int, bytes] = {}
         self.pins: list[int] = []  # a slot for each pin
+        self.nameless: set[int] = set()
 
     @rule(numbers=numbers, partly=st.booleans())
     def reserve(self, numbers: list[int], partly: bool) -> None:
@@ -330,6 +374,37 @@ class Histories(RuleBasedStateMachine):
         refused = [key for key, slot in zip(asked, slots, strict=True) if slot == NO_ROOM]
         assert refused == new[fit:]
 
+    @rule(count=st.integers(0, 4), partly=st.booleans())
+    def take(self, count: int, partly: bool) -> None:
+        held = {*self.writing, *self.pins}
+        room = self.num_slots - len(held)
+        slots, evicted = self.tier.take(count, partly=partly)
+        taken = slots.tolist()
+        assert len(taken) == (count if count <= room else room if partly else 0)
+        for key, slot in evicted:
+            assert self.offered.pop(key) == slot
+            assert slot in taken
+        assert not held.union(self.offered.values()) & set(taken)
+        self.pins += taken
+        self.nameless |= set(taken)
+
+    @rule(numbers=numbers)
+    def name(self, numbers: list[int]) -> None:
+        slots = sorted(self.nameless)[: len(numbers)]
+        for slot, key in zip(slots, keys(*numbers), strict=False):
+            is_known = key in self.offered or key in self.writing.values()
+            [named] = self.tier.name([slot], [key]).tolist()
+            assert named == (KNOWN if is_known else slot)
+            if not is_known:
+                self.offered[key] = slot
+                self.nameless.remove(slot)
+
+    @rule(picks=st.sets(picks))
+    def share(self, picks: set[int]) -> None:
+        slots = [slot for i, slot in enumerate(self.pins) if i in picks]
+        self.tier.share(slots)
+        self.pins += slots
+
     @rule(picks=st.sets(picks), publish=st.booleans())
     def finish(self, picks: set[int], publish: bool) -> None:
         slots = [slot for i, slot in enumerate(self.writing) if i in picks]
@@ -351,10 +426,12 @@ class Histories(RuleBasedStateMachine):
         if discard:
             gone = self.tier.discard(slots)
             assert dict(gone) == {k: s for k, s in self.offered.items() if s in slots}
-            for key, _ in gone:
+            for key, slot in gone:
                 del self.offered[key]
+                self.nameless.add(slot)
         self.tier.unpin(slots)
         self.pins = [slot for i, slot in enumerate(self.pins) if i not in picks]
+        self.nameless &= set(self.pins)
 
     @rule(numbers=numbers)
     def find(self, numbers: list[int]) -> None:
@@ -367,6 +444,7 @@ class Histories(RuleBasedStateMachine):
         self.tier.check()
         assert dict(self.tier.pairs()) == self.offered
         assert self.tier.num_ready == len(self.offered)
+        assert self.tier.capacity == self.num_slots - len(self.nameless)
 
 
 TestHistories = Histories.TestCase

@@ -99,6 +99,5 @@ def test_swapped_requests_and_cached_blocks_share_a_tight_host_memory(model: Any
         [tier] = stats.tiers.tiers
         assert stats.scheduler.total_preempted_by_swap > 0
         assert tier.store.hits > 0
-        assert tier.store.evicted > 0
         assert_nothing_is_held(engine)
         check_slots(engine)
