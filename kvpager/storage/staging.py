@@ -50,13 +50,20 @@ class Staging:
     def of_host(cls, storage: BlockStorage) -> Staging:
         """Return slots, and their store, in the host blocks of `storage`. O(slots).
 
-        It has none of them at first: `manager.host.lend_to(staging)` lends it those that no swapped
-        sequence needs. Blocks on their way take at most half of what is lent.
+        `manager.host.lend_to(staging)` lends it those that no swapped sequence needs.
         """
-        memory = storage.tier("host")
+        return cls.within(storage, HostStore.over(_bytes(storage.tier("host")), is_free=False))
+
+    @classmethod
+    def within(cls, storage: BlockStorage, store: HostStore) -> Staging:
+        """Return the slots of `store`, all of which are taken. O(1).
+
+        `borrow` says which ones to use. Blocks on their way take at most half of these.
+        """
         staging = cls.__new__(cls)
-        staging._begin(storage, memory, HostStore.over(_bytes(memory), is_free=False))
-        staging.store, staging._num_usable = staging._slots, 0
+        memory = torch.from_numpy(store.memory).view(storage.tier().dtype)
+        staging._begin(storage, memory, store)
+        staging.store, staging._num_usable = store, 0
         return staging
 
     def _begin(self, storage: BlockStorage, memory: Tensor, slots: HostStore) -> None:

@@ -22,6 +22,7 @@ from kvpager.blocks.protocol import Ceilings
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
+from kvpager.integrations.huggingface.cache.host_share import HostShare
 from kvpager.integrations.huggingface.cache.prompt import Namespaces
 
 logger = logging.getLogger("kvpager")
@@ -96,6 +97,7 @@ class PagedMemory:
         self.namespaces = Namespaces(namespace)
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
         self.host = None if budget.host is None else PagedMemory(budget.host, device=self)
+        self.share: HostShare | None = None  # of a host memory
 
     def options(self) -> str:
         """Return the options as arguments of `patch`, without defaults, for a `repr`. O(1)."""
@@ -245,8 +247,29 @@ class PagedMemory:
         """Return True if the bound has room for `num_bytes` more. O(pools).
 
         To make room, drops pools that hold only cached prefixes, then frees unused blocks of other
-        pools.
+        pools. Blocks of `share` leave for what is claimed.
         """
+        with self.lock:
+            fits = self._claim(num_bytes, claimant)
+            if fits:
+                self.fit_share(besides=num_bytes)
+            return fits
+
+    def fit_share(self, besides: int = 0) -> None:
+        """Let cached blocks use the bytes that pools and `besides` leave. O(pools)."""
+        if self.share is not None:
+            self.share.fit(max(self.room - besides, 0))
+
+    def regain_share(self) -> None:
+        """Let cached blocks use what pools without rows have reserved, too. O(pools)."""
+        if self.share is not None:
+            self.settle()  # rows of caches that were dropped
+            for pool in self.pools():
+                if not pool.held_bytes:
+                    pool.trim()
+            self.fit_share()
+
+    def _claim(self, num_bytes: int, claimant: object) -> bool:
         bound = self.budget.bound
         with self.lock:
             if bound is None or self.reserved_bytes + num_bytes <= bound:

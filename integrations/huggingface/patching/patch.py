@@ -85,7 +85,7 @@ def patch(
         block_size: token slots of a block, a power of two.
         dtype: the dtype that keys and values must have; None for the model's own.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, rounded.
-        host_memory: bytes of host memory for rows that do not fit on the device or in `memory`.
+        host_memory: bytes of host memory for rows without room on the device, and the first tier.
         prefix_cache: keep prompts and replies for later calls, until `clear_prefix_cache()`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.
@@ -98,7 +98,8 @@ def patch(
     Raises: `TypeError`, `ValueError` for invalid arguments; `KVPagerError` if the model is patched
     already, or can have no `tiers`; errors of opening a store. The model is then as it was.
     """
-    stores = EngineConfig(tiers=tiers, seal=seal, model_id=model_id, costs=costs)
+    settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
+    stores = EngineConfig.of(None, settings | {"costs": costs})
     _check(model, prefix_cache, namespace, stores)
     dtype = _checked_dtype(dtype, model)
     budget = Budget(memory, block_size, kv_cache_dtype, in_place=in_place, host_memory=host_memory)

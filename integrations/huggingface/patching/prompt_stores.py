@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 
 from kvpager.engine.config import EngineConfig
 from kvpager.integrations.huggingface.cache.budget import LayerKind
+from kvpager.integrations.huggingface.cache.host_share import HostShare
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.pools import pool_for
 from kvpager.integrations.huggingface.model_state.row_independence import row_dependence
@@ -25,12 +26,15 @@ from kvpager.integrations.huggingface.runner.model_info import (
 )
 from kvpager.integrations.huggingface.runner.tiers import (
     buffer_for,
+    layout_of,
     no_tiers,
     refuse_tiers,
     tiering_of,
 )
 from kvpager.integrations.huggingface.runner.wrappers import unwrapped
 from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.storage.block_storage import BlockStorage
+from kvpager.storage.staging import Staging
 
 _TRIALS, _TRIAL_TOKENS = 3, 256
 
@@ -61,14 +65,27 @@ def open_prompt_tiers(
     costs = _measured(model, info) if config.costs is None else config.costs
     pool = pool_for(memory, layout)
     storage = pool.storage(kind, 0, len(shapes)).storage
-    bound = memory.budget.bound
-    num_blocks = None if bound is None else max(bound // storage.block_bytes, 1)
     with torch.inference_mode(False):  # made in it, staging could never be written outside of it
-        staging = buffer_for(storage, num_blocks)
+        staging, share = _staging(memory, storage, info)
         tiering = tiering_of(
             model, info, config, costs, storage, pool.manager, staging, named.adapter
         )
+    if memory.host is not None:
+        memory.host.share = share
     return PromptTiers(pool, tiering, named)
+
+
+def _staging(
+    memory: PagedMemory, storage: BlockStorage, info: ModelInfo
+) -> tuple[Staging, HostShare | None]:
+    """Return staging: what rows leave of host memory, or a buffer without host memory."""
+    if memory.host is None:
+        bound = memory.budget.bound
+        num_blocks = None if bound is None else max(bound // storage.block_bytes, 1)
+        return buffer_for(storage, num_blocks), None
+    share = HostShare(storage, layout_of(storage, info), memory.host.room)
+    share.fit(memory.host.room)
+    return share.staging, share
 
 
 def _refuse(patched: nn.Module, model: Any) -> None:

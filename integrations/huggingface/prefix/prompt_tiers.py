@@ -151,6 +151,7 @@ class PromptTiers:
         """Begin to fetch each row, and add it to `fetches`."""
         if not self._is_on:
             return
+        self._fit_share()
         try:
             for row in rows:
                 fetch = self._tiering.begin(
@@ -196,12 +197,18 @@ class PromptTiers:
             pass
         return is_dirty
 
+    def _fit_share(self) -> None:
+        """Use the host memory that rows leave now. O(pools + slots that change)."""
+        if self._pool.memory.host is not None:
+            self._pool.memory.host.regain_share()
+
     def _find_dirty(self) -> bool:
         """Return True if there is a block to save. Turns off if the model changed."""
         with self._lock, self._uninterrupted:
             if not self._is_on:
                 return False
             self._pool.settle()  # rows of caches that were dropped
+            self._fit_share()
             try:
                 if not self._tiering.has_dirty():
                     return False
@@ -277,6 +284,8 @@ class PromptTiers:
             try:
                 self._tiering.close()
             finally:
+                if self._pool.memory.host is not None:
+                    self._pool.memory.host.share = None
                 final = self._tiering.stats()
                 self._stats = lambda: final
                 del self._tiering, self._pool  # a handle that is kept holds no memory

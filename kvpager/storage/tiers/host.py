@@ -34,6 +34,7 @@ class HostStore:
 
     name = "host"
     is_private = True
+    _pages: mmap.mmap | None
 
     def __init__(
         self,
@@ -49,7 +50,9 @@ class HostStore:
         no block; `MemoryError` if the system refuses.
         """
         num_blocks = blocks_in(capacity, layout.block_bytes)
-        self._begin(_allocated(num_blocks, layout.block_bytes, capacity), policy)
+        self._pages = _allocated(num_blocks * layout.block_bytes, capacity)
+        blocks = np.frombuffer(self._pages, np.uint8).reshape(num_blocks, layout.block_bytes)
+        self._begin(blocks, policy)
 
     @classmethod
     def over(cls, memory: NDArray[np.uint8], *, is_free: bool = True) -> HostStore:
@@ -58,6 +61,7 @@ class HostStore:
         Without `is_free`, its owner has all slots at first, as after `take`.
         """
         store = cls.__new__(cls)
+        store._pages = None
         store._begin(memory, None)
         if not is_free:
             store._tier.take(len(memory))
@@ -144,6 +148,7 @@ class HostStore:
         """Give the memory back when no call uses it any more. O(1)."""
         self._tier.close()
         self.memory = np.empty((0, self.block_bytes), np.uint8)
+        self._pages = None
 
     # ---------------------------------------------------------------- slots
 
@@ -196,6 +201,19 @@ class HostStore:
         self._counters.saved(outcomes, time.monotonic() - begun)
         return outcomes
 
+    def clear(self, slots: Iterable[int]) -> None:
+        """Give whole pages of taken slots back to the system until they are written. O(slots).
+
+        Without effect on memory that the store did not allocate.
+        """
+        if (pages := self._pages) is None:
+            return
+        for slot in slots:
+            start = -(-slot * self.block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            stop = (slot + 1) * self.block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < stop:
+                pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def _evicting(self, reserved: Reservation) -> Int32:
         """Report the keys that left; return the slots."""
         self._counters.evicted(len(reserved.evicted))
@@ -203,13 +221,12 @@ class HostStore:
         return reserved.slots
 
 
-def _allocated(num_blocks: int, block_bytes: int, capacity: int | str) -> NDArray[np.uint8]:
+def _allocated(num_bytes: int, capacity: int | str) -> mmap.mmap:
     # Mapped, so that blocks of whole pages are aligned to pages for direct I/O.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     try:
-        memory = mmap.mmap(-1, num_blocks * block_bytes, flags=flags)
+        return mmap.mmap(-1, num_bytes, flags=flags)
     except OSError as error:
         raise MemoryError(
             f"capacity={capacity!r}: the system refused the memory ({error.strerror}). Lower it."
         ) from None
-    return np.frombuffer(memory, np.uint8).reshape(num_blocks, block_bytes)
