@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 from kvpager import _validate as arguments
-from kvpager._prometheus import Families
+from kvpager.blocks.metric_families import Families
 
 
 class BlockStatus(IntEnum):

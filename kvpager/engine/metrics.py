@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
-from kvpager._prometheus import Families
+from kvpager.blocks.metric_families import Families
 from kvpager.blocks.stats import Stats, block_families
 from kvpager.scheduling.scheduler import SchedulerStats
 from kvpager.storage.tiers.metrics import tier_families

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from kvpager._prometheus import Families, Labelled
+from kvpager.blocks.metric_families import Families, Labelled
 from kvpager.storage.tiers.protocol import StoreStats
 from kvpager.storage.tiers.tiering_stats import TieringStats, TierStats
 
