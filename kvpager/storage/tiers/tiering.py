@@ -118,18 +118,19 @@ class Tiering:
         dropper.on_drop = self.followers.drop
         parts = manager, staging, self.stores, self._keying, self._saver, self.followers
         self.prompts = PromptSaver(*parts)
-        mover = staging, self._saver, self._keying
-        self._attacher: GroupAttacher | PrefixAttacher
-        if isinstance(manager, GroupedManager):
-            self._attacher = GroupAttacher(manager, *mover, len(self.stores))
-        else:
-            self._attacher = PrefixAttacher(manager, *mover, self.followers)
+        self._attacher = self._made_attacher()
         self._num_declined = 0
         self._is_open = True
         is_private = all(getattr(store, "is_private", False) for store in self.stores)
         self._ahead = max(manager.num_blocks // _AHEAD_PART, _AHEAD_MIN) if is_private else None
         self._num_evicted = 0  # at the last `clean`
         self.is_clean = False
+
+    def _made_attacher(self) -> GroupAttacher | PrefixAttacher:
+        mover = self._staging, self._saver, self._keying
+        if isinstance(self._manager, GroupedManager):
+            return GroupAttacher(self._manager, *mover, len(self.stores))
+        return PrefixAttacher(self._manager, *mover, self.followers)
 
     # ---------------------------------------------------------------- fetch
 
