@@ -192,12 +192,12 @@ def test_verify_keeps_blocks_of_another_release(
 
     server = valkey(tmp_path)
     try:
-        store = ValkeyStore(server.url, LAYOUT)
-        save(store, [key_of(0)])
-        with monkeypatch.context() as later:
-            later.setattr(frame, "_VERSION", 2)
-            save(store, [key_of(1)])
-        store.close()
+        for number in range(2):
+            with monkeypatch.context() as later:
+                later.setattr(frame, "_VERSION", 1 + number)
+                store = ValkeyStore(server.url, LAYOUT)
+                save(store, [key_of(number)])
+                store.close()
         result = call("verify", server.url)
         assert result.exit_code == 1
         assert result.stdout == "2 blocks: 1 of another version, kept\n"

@@ -96,7 +96,7 @@ def imported(source: str) -> set[str]:
 
 _DEEPER = {
     "kvpager.testing.": 4,
-    "kvpager.integrations.huggingface.": 4,
+    "kvpager.integrations.": 4,
     "kvpager.storage.": 5,  # as the guide of tiers imports them
 }
 

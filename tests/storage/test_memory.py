@@ -25,7 +25,7 @@ def pages_there(memory: torch.Tensor) -> list[bool]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mincore")
 def test_the_first_bytes_are_there_before_a_write() -> None:
-    memory = host_pages(64, 64 * PAGE, torch.uint8, pinned=False)
+    memory = host_pages(256, 64 * PAGE, torch.uint8, pinned=False)  # beyond any heap: mapped
     assert not all(pages_there(memory)[: 32 * 64])
     memory[:8] = 7
     populate(memory, 32 * 64 * PAGE)

@@ -100,8 +100,8 @@ def patch(
     """
     settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
     stores = EngineConfig.of(None, settings | {"costs": costs})
-    _check(model, prefix_cache, namespace, stores)
-    dtype = _checked_dtype(dtype, model)
+    warn_if_untested()
+    dtype = _checked(model, dtype, prefix_cache, namespace, stores)
     budget = Budget(memory, block_size, kv_cache_dtype, in_place=in_place, host_memory=host_memory)
     paged = PagedMemory(budget, dtype, eviction, namespace, keep_pools=prefix_cache)
     return _begin(model, paged, stores)
@@ -169,11 +169,14 @@ def unpatch(model: nn.Module | None = None) -> None:
             made.undo()
 
 
-def _check(
-    model: nn.Module | None, prefix_cache: bool, namespace: str | None, stores: EngineConfig
-) -> None:
-    """Raise an error if `patch` cannot have these arguments together."""
-    warn_if_untested()
+def _checked(
+    model: nn.Module | None,
+    dtype: torch.dtype | str | None,
+    prefix_cache: bool,
+    namespace: str | None,
+    stores: EngineConfig,
+) -> torch.dtype | None:
+    """Return the dtype. Raise an error if `patch` cannot have these arguments together."""
     if model is not None and not _can_generate(model):
         raise no_model(model)
     arguments.flag("prefix_cache", prefix_cache)
@@ -189,6 +192,7 @@ def _check(
         raise ValueError("tiers: they keep cached prefixes. Pass prefix_cache=True too.")
     elif model is None:
         raise ValueError("tiers: they keep the prompts of one model. Pass it: patch(model, ...).")
+    return _checked_dtype(dtype, model)
 
 
 def _can_generate(model: object) -> bool:

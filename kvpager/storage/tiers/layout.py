@@ -9,6 +9,7 @@ from hashlib import blake2b
 from kvpager import _validate as arguments
 
 FINGERPRINT_BYTES = 16
+BLOCK_BYTES_MAX = 2**32 - 1  # a frame has 32 bits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,10 @@ class BlockLayout:
 
     text: str
     block_bytes: int
+
+    def __post_init__(self) -> None:
+        """Check the size. Raises: `ValueError`, `TypeError` unless it is 1 to 4 GiB - 1."""
+        arguments.count("block_bytes", self.block_bytes, at_least=1, at_most=BLOCK_BYTES_MAX)
 
     @classmethod
     def of(
@@ -57,7 +62,7 @@ class BlockLayout:
         if groups:
             named = (f"{window or 'full'}:{','.join(map(str, of))}" for window, of in groups)
             fields.append(f"groups {' '.join(named)}")
-        return cls("; ".join(fields), arguments.count("block_bytes", block_bytes, at_least=1))
+        return cls("; ".join(fields), block_bytes)
 
     @property
     def fingerprint(self) -> bytes:

@@ -236,7 +236,7 @@ def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_disk_without_the_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"\[Errno (27|28)\]"):  # too large, no space
-        NixlStore(tmp_path, 1 << 60, layout=BlockLayout("huge", 1 << 40))
+        NixlStore(tmp_path, 1 << 50, layout=BlockLayout("huge", 1 << 31))
     assert os.listdir(tmp_path) == []
 
 
