@@ -17,6 +17,9 @@ device, or on the device. A `new_engine` writes its memory for the first time. `
 
 `steps`: time of a step of 8 rows, alone and while a thread loads or saves 100 MB/s.
 
+`outage`: tokens per second of new requests, without a tier, with a valkey-server, and with one that
+is stopped (SIGSTOP), after its circuit breaker opened.
+
 `of_raw` figures are ratios: for `wall` the share of raw bandwidth, for `cpu` the multiple of raw
 time. `cpu_redis_py` is the multiple of kvpager's time that redis-py takes.
 """
@@ -230,7 +233,19 @@ def steps(args: argparse.Namespace) -> None:
     tiers_engine.steps(args)
 
 
-PARTS = {"disk": disk, "valkey": valkey, "first-token": first_token, "steps": steps}
+def outage(args: argparse.Namespace) -> None:
+    from benchmarks import tiers_outage
+
+    tiers_outage.outage(args)
+
+
+PARTS = {
+    "disk": disk,
+    "valkey": valkey,
+    "first-token": first_token,
+    "steps": steps,
+    "outage": outage,
+}
 
 
 def main() -> None:

