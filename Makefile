@@ -76,7 +76,7 @@ vllm: $(STAMP) ## kvpager's tiers below vLLM itself, on the CPU, in .venv-vllm (
 	@$(BIN)/python tests/vllm_environment.py
 	@HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -o filterwarnings= -o faulthandler_timeout=900 tests/integrations/vllm $(ARGS)
 
-crash: $(STAMP) ## the disk store: 1,000 killed processes, flipped bits, damaged directories; ARGS='--kills 50' for fewer
+crash: $(STAMP) ## the disk store: 1,000 killed processes and power losses, flipped bits, damage; ARGS='--kills 50' for fewer
 	@$(BIN)/python tests/crash.py $(ARGS)
 
 storm: $(STAMP) ## 100,000 requests that end at random moments while tiers fetch and save; takes minutes

@@ -1,10 +1,10 @@
-"""Crash processes that use a disk store, flip bits, and damage directories.
+"""Crash processes that use a disk store, lose power, flip bits, and damage directories.
 
-    python tests/crash.py                       # 1,000 kills, 10,000 flips, 20 of each damage
+    python tests/crash.py         # 1,000 kills and power losses, 10,000 flips, 20 of each damage
     python tests/crash.py --kills 50 --seed 7
 
-Ends with status 1 if a wrong block was served, a flipped bit was accepted, or a crash left less
-than 90 % of the capacity.
+Ends with status 1 if a wrong block was served, a flipped bit was accepted, a crash left less than
+90 % of the capacity, or a dropped block returned after a power loss.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.support.disk_campaign import NUM_SLOTS, Tally, crashes
 from tests.support.disk_damage import DAMAGE, damaged, flips
 from tests.support.disk_faults import FAULTS
+from tests.support.power_loss import power_losses
 
 LEAST = 0.9
 
@@ -30,6 +31,7 @@ LEAST = 0.9
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=1000, help="killed processes")
+    parser.add_argument("--power-losses", type=int, default=1000, help="losses of power")
     parser.add_argument("--flips", type=int, default=10_000, help="flipped bits")
     parser.add_argument("--damage", type=int, default=20, help="directories of each kind of damage")
     parser.add_argument(
@@ -43,6 +45,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         good = [
             _kills(Path(folder, "kills"), args.kills, args.seed),
+            _power_losses(Path(folder, "power"), args.power_losses, args.seed),
             *(_fault(Path(folder, f"fault{n}"), name, args) for n, name in enumerate(FAULTS)),
             _flips(Path(folder, "flips"), args.flips, args.seed),
             *(_damage(Path(folder), kind, args) for kind in DAMAGE),
@@ -60,6 +63,17 @@ def _kills(folder: Path, kills: int, seed: int) -> bool:
         flush=True,
     )
     return not tally.wrong and tally.least >= LEAST * NUM_SLOTS
+
+
+def _power_losses(folder: Path, losses: int, seed: int) -> bool:
+    tally, found = Tally(), power_losses(folder, losses, seed)
+    for tally in tqdm(found, total=losses, desc="power losses", disable=None):  # noqa: B007
+        pass
+    print(
+        f"{tally.runs} power losses: {_told(tally)}; {tally.returned} dropped ones returned",
+        flush=True,
+    )
+    return not tally.wrong and not tally.returned
 
 
 def _fault(folder: Path, name: str, args: argparse.Namespace) -> bool:

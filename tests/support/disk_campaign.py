@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -70,7 +70,10 @@ def fill(folder: Path, first: int = 0) -> None:
 
 @dataclass
 class Tally:
-    """Blocks offered and served after `runs` runs. `least`: fewest that were offered in a run."""
+    """Blocks offered and served after `runs` runs.
+
+    `least`: fewest that were offered in a run. `returned`: dropped ones that were offered.
+    """
 
     runs: int = 0
     offered: int = 0
@@ -78,6 +81,7 @@ class Tally:
     wrong: int = 0
     bad: int = 0
     least: int = NUM_SLOTS
+    returned: int = 0
 
     def add(self, offered: int, served: int, wrong: int, bad: int) -> None:
         self.runs += 1
@@ -86,6 +90,14 @@ class Tally:
         self.wrong += wrong
         self.bad += bad
         self.least = min(self.least, offered)
+
+
+def num_offered(folder: Path, keys: Iterable[bytes]) -> int:
+    """Open the store: how many of the keys it offers."""
+    store = opened(folder)
+    offered = sum(store.find([key]) for key in keys)
+    store.close()
+    return offered
 
 
 def audit(folder: Path) -> tuple[int, int, int, int]:

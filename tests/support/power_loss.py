@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from tests.support.disk_campaign import KEYS, NEVER, Tally, audit, block_of, fill, opened
+from tests.support.disk_campaign import (
+    KEYS,
+    NEVER,
+    Tally,
+    audit,
+    block_of,
+    fill,
+    num_offered,
+    opened,
+)
 
 SECTOR_BYTES = 512
 
@@ -72,16 +81,20 @@ def power_losses(folder: Path, losses: int, seed: int) -> Iterator[Tally]:
     chosen, tally = random.Random(seed), Tally()
     fill(folder)
     for _ in range(losses):
-        store = opened(folder)
+        store, dropped = opened(folder), set[bytes]()
         with recorded() as written:
             for _ in range(chosen.randrange(1, 30)):
                 key = chosen.choice(KEYS)
                 store.save([key], [block_of(key)], NEVER)
+                dropped.discard(key)
                 if chosen.random() < 0.3:
-                    store.drop([chosen.choice(KEYS)])
+                    key = chosen.choice(KEYS)
+                    assert store.drop([key])
+                    dropped.add(key)
             lost = list(written)
         store.close()
         _lose(lost, chosen)
+        tally.returned += num_offered(folder, dropped)
         tally.add(*audit(folder))
         yield tally
 

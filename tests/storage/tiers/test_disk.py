@@ -577,6 +577,18 @@ def test_a_dropped_block_whose_record_stays_is_dropped_again(open_store: Open) -
     assert found(open_store(blocks=2), range(3)) == []
 
 
+def test_a_drop_that_is_not_synced_is_synced_by_the_next(open_store: Open) -> None:
+    store, synced = open_store(), list[int]()
+    save(store, 1, 2)
+    with mock.patch("os.fdatasync", fail(errno.EIO)):
+        assert not store.drop([key_of(1)])
+    with mock.patch("os.fdatasync", synced.append):
+        assert store.drop([key_of(1)])
+        assert len(synced) == 1
+        assert store.drop([key_of(1)])  # nothing was erased since
+        assert len(synced) == 1
+
+
 def test_a_slot_is_not_written_before_its_record_is_erased(open_store: Open) -> None:
     store = open_store(blocks=2)
     save(store, 1, 2)

@@ -28,6 +28,7 @@ def test_a_power_loss_serves_no_wrong_block(tmp_path: Path) -> None:
     assert tally.wrong == 0
     assert tally.served > 0.5 * tally.offered
     assert tally.bad > 0  # torn blocks were found
+    assert tally.returned == 0  # dropped blocks
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -82,6 +82,7 @@ class DiskStore:
         self._slots, self._grow_at = Slots(), -math.inf
         self._saved_ms, self._order = np.zeros((2, num_slots), np.int64)
         self._next_order, self._used = 1, set[int]()  # slots whose order is not on disk
+        self._has_erased = False  # since the last sync of the table
         self._stale: dict[int, bytes] = {}  # slots of forgotten keys, until the record is erased
         self._num_slots, self._counters = num_slots, StoreCounters(layout.block_bytes)
         self._directory = Directory(path, self._framing, each)
@@ -143,20 +144,23 @@ class DiskStore:
         return outcomes
 
     def drop(self, keys: Sequence[bytes]) -> bool:
-        """Forget blocks, if the store has them. O(keys).
+        """Forget blocks, if the store has them. O(keys), and one sync of the table of slots.
 
-        Returns False if it is closed, or if the record of a block could not be erased: the block is
-        not served, but may come back when the store is opened again. Another call tries again.
+        No power loss brings them back. Returns False if the store is closed, or if the record of a
+        block could not be erased or synced: the block is not served, but may come back when the
+        store is opened again. Another call tries again.
         """
-        with self._lock:
-            if self._closed:
-                return False
-            for key in keys:
-                if key in self._slots:
-                    self._forget(key)
-            wanted = set(keys)
-            self._erase_stale([slot for slot, key in self._stale.items() if key in wanted])
-            return wanted.isdisjoint(self._stale.values())
+        with self._closing:  # `close` waits for the sync
+            with self._lock:
+                if self._closed:
+                    return False
+                for key in keys:
+                    if key in self._slots:
+                        self._forget(key)
+                wanted = set(keys)
+                self._erase_stale([slot for slot, key in self._stale.items() if key in wanted])
+                is_erased = wanted.isdisjoint(self._stale.values())
+            return self._sync_erased() and is_erased
 
     def stats(self) -> StoreStats:
         """Return what the store holds, and counts since it was opened. O(1)."""
@@ -292,6 +296,21 @@ class DiskStore:
             return Saved.REFUSED, 0
         return None, self._slots.take(key)
 
+    def _sync_erased(self) -> bool:
+        """Wait until the device has what was erased. Returns False if that fails."""
+        if not self._has_erased:
+            return True
+        self._has_erased = is_synced = False  # first: records may be erased meanwhile
+        try:
+            self._table.sync()
+            is_synced = True
+        except OSError as error:
+            logger.warning("%s: erased records not synced: %s", self._directory.path, error)
+        finally:
+            if not is_synced:
+                self._has_erased = True
+        return is_synced
+
     # ------------------------------------------------------------------ under the lock
 
     def _offers(self, key: bytes, now: int) -> bool:
@@ -349,6 +368,7 @@ class DiskStore:
         """Empty the record of a slot. Returns False if that fails."""
         try:
             self._table.erase(slot)
+            self._has_erased = True
         except OSError as error:
             logger.warning("%s: record of slot %d stays: %s", self._directory.path, slot, error)
             return False
