@@ -32,10 +32,15 @@ _LAST_SAVES_S = 5.0
 
 
 class _Held(NamedTuple):
-    """A request that waits for a fetch."""
+    """A request that waits for a fetch.
+
+    In groups of layers a fetch loads the windows of one prompt only. `rest` is the prompt of
+    another request that shares it, and begins a fetch of its own afterwards.
+    """
 
     request_id: Hashable
     fetch: Fetch
+    rest: ArrayLike | None = None
 
 
 class Fetching:
@@ -86,21 +91,26 @@ class Fetching:
         """Fetch the beginning of a request that was queued, and hold it meanwhile. O(tokens)."""
         if not self._check_on():
             return
-        namespace, lora = self._scheduler.identity(request.request_id)
-        try:
-            fetch = self._tiering.begin(request.prompt, namespace=namespace, lora=lora)
-        except Exception:  # the request is queued already, and can be computed
-            logger.exception("request %r: its prefix is not fetched", request.request_id)
-            return
+        fetch = self._begin(request.request_id, request.prompt)
         if fetch is None:
             return
+        is_shared = fetch.blocks is not None and fetch.num_waiting > 1
         try:
-            self._held.append(_Held(request.request_id, fetch))
+            rest = request.prompt if is_shared else None
+            self._held.append(_Held(request.request_id, fetch, rest))
             self._scheduler.hold(request.request_id)
         except BaseException:
             self._held = [held for held in self._held if held.fetch is not fetch]
             self._tiering.cancel(fetch)
             raise
+
+    def _begin(self, request_id: Hashable, prompt: ArrayLike) -> Fetch | None:
+        namespace, lora = self._scheduler.identity(request_id)
+        try:
+            return self._tiering.begin(prompt, namespace=namespace, lora=lora)
+        except Exception:  # the request is queued already, and can be computed
+            logger.exception("request %r: its prefix is not fetched", request_id)
+            return None
 
     def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> Future[int]:
         """Fetch a prompt without a request. Returns how many tokens were added. O(tokens)."""
@@ -201,7 +211,8 @@ class Fetching:
     def _end_fetches(self, room: int) -> int:
         """End fetches that are done or late. Copies up to `room` blocks; returns the rest."""
         now, waiting = time.monotonic(), list[_Held]()
-        for request_id, fetch in self._held:
+        for held in list(self._held):
+            request_id, fetch, _ = held
             if not self._scheduler.is_held(request_id):  # it was cancelled
                 self._tiering.cancel(fetch)
                 continue
@@ -215,11 +226,24 @@ class Fetching:
                 self._tiering.cancel(fetch)
                 is_waiting = False
             if is_waiting:
-                waiting.append(_Held(request_id, fetch))
+                waiting.append(held)
+            elif (more := self._begin_rest(held)) is not None:
+                waiting.append(more)
             else:
                 self._scheduler.release(request_id)
         self._held = waiting
         return room
+
+    def _begin_rest(self, held: _Held) -> _Held | None:
+        """Begin to fetch what the prompt of another request did not need, unless it was late."""
+        if held.rest is None or time.monotonic() >= held.fetch.deadline:
+            return None
+        fetch = self._begin(held.request_id, held.rest)
+        if fetch is None:
+            return None
+        more = _Held(held.request_id, fetch)
+        self._held.append(more)  # so that it is cancelled after a failure
+        return more
 
     def _attach(self, request_id: Hashable, fetch: Fetch, room: int) -> int:
         """Attach up to `room` loaded blocks for a request; return how many were copied at most."""
@@ -250,7 +274,7 @@ class Fetching:
     def _turn_off(self) -> None:
         self._is_on = self._may_be_dirty = False
         held, self._held = self._held, []
-        for request_id, fetch in held:
+        for request_id, fetch, _ in held:
             self._tiering.cancel(fetch)
             if self._scheduler.is_held(request_id):
                 self._scheduler.release(request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,27 @@ def test_a_chat_continues_after_the_reply(disk: str) -> None:
         output = engine.submit(turn, max_new_tokens=6, do_sample=False).result(120)
     assert output.num_cached_tokens == (NUM_TOKENS + REPLY - 1) // BLOCK * BLOCK
     assert output.token_ids == alone(model, turn, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_prompts_that_share_a_fetch_find_their_own_windows(name: str, disk: str) -> None:
+    model, front = tiny_model(name), prompt()[:60]
+    prompts = [[*front, *prompt(number)[:40]] for number in (1, 2, 3)]
+    with engine_over(model, disk, **OPTIONS) as engine:
+        for each in prompts:
+            engine.submit(each, max_new_tokens=1, do_sample=False).result(120)
+    with engine_over(model, disk, **OPTIONS) as engine:
+        [store], may_load = tiering_of(engine).stores, threading.Event()
+        load = store.load
+        store.load = lambda *arguments: (may_load.wait(60), load(*arguments))[1]
+        streams = [engine.submit(each, max_new_tokens=6, do_sample=False) for each in prompts]
+        may_load.set()
+        outputs = [stream.result(120) for stream in streams]
+        assert_nothing_is_held(engine)
+    assert [output.num_cached_tokens for output in outputs[:2]] == [NUM_CACHED] * 2
+    assert [output.token_ids for output in outputs] == [
+        alone(model, each, max_new_tokens=6) for each in prompts
+    ]
 
 
 def test_a_windowed_block_that_leaves_meanwhile_is_computed(disk: str) -> None:
