@@ -125,16 +125,21 @@ def tiers() -> Canvas:
     """Draw the tiers and the moves between them."""
     canvas = Canvas(780, 290, "Tiers")
     canvas.box(24, 40, 330, 60, "device pool: memory=\nheld, cached and free blocks", fill=BLUE)
-    canvas.box(24, 180, 330, 60, "host pool: host_memory=\nblocks of swapped sequences", fill=GREEN)
-    canvas.box(470, 180, 286, 60, "host, disk, remote stores\nEngine(tiers=...)", fill=GREEN)
+    host = "host pool: host_memory=\nswapped, and with tiers= cached blocks"
+    canvas.box(24, 180, 330, 60, host, fill=GREEN)
+    canvas.box(470, 180, 286, 60, "stores: host, disk, remote\ntiers=...", fill=GREEN)
     canvas.arrow((120, 100), (120, 176))
-    canvas.text(112, 144, "swap out", anchor="end", colour=MUTED)
+    canvas.text(112, 136, "swap out,", anchor="end", colour=MUTED)
+    canvas.text(112, 154, "save", anchor="end", colour=MUTED)
     canvas.arrow((260, 176), (260, 104))
-    canvas.text(268, 144, "swap in", colour=MUTED)
+    canvas.text(268, 136, "swap in,", colour=MUTED)
+    canvas.text(268, 154, "fetch", colour=MUTED)
     canvas.arrow((354, 70), (466, 70))
     canvas.text(410, 62, "evict", anchor="middle", colour=MUTED)
     canvas.arrow((354, 90), (466, 190))
     canvas.text(424, 140, "save, fetch", colour=MUTED)
+    canvas.arrow((354, 222), (466, 222))
+    canvas.text(410, 240, "save, fetch", anchor="middle", colour=MUTED)
     canvas.box(470, 40, 286, 60, "gone: computed again\nwhen a prompt needs it", fill=RED)
     canvas.text(
         24, 272, "A sequence's block is in exactly one tier. A store has a copy of a cached block.",
