@@ -5,8 +5,8 @@
 
 Two engines of a small llama in float32 take turns, each in a process of its own, on one thread.
 `first_token`: a prompt of 2,048 tokens was computed before, and has left the device. `cold`: a
-prompt that no one computed, and 16 tokens. `cpu` is user and system time of the process, `wall`
-the clock's. `of_without` divides by the time of vLLM alone, the median over the turns.
+prompt that is new, and 16 tokens. `cpu` is user and system time of the process, `wall` is elapsed
+time. `of_without` divides by the time of vLLM alone, the median over the turns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM with kvpager's tiers: a prompt that left the device is found in host memory, or on disk.
+"""Run vLLM with kvpager's tiers: find a prompt that left the device in host memory, or on disk.
 
     python examples/vllm/offload.py MODEL FOLDER        # run it twice: the second finds the prompt
 

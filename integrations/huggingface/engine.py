@@ -331,7 +331,7 @@ class Engine:
 
     @property
     def tiers(self) -> TierControls:
-        """The engine's tiers: `engine.tiers.forget("acme")`. Raises: `KVPagerError` without."""
+        """The engine's tiers: `engine.tiers.forget("acme")`. Raises: `KVPagerError` if none."""
         if self._core.tiers is None:
             raise KVPagerError("this engine has no tiers. Pass Engine(model, tiers=...).")
         return self._core.tiers

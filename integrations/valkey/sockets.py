@@ -15,7 +15,7 @@ from typing import Protocol
 
 _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _SECONDS_MIN, _SECONDS_MAX = 1e-6, 1e6  # zero would mean without end
-_LIMIT_SLACK = 1.1  # of the time left: a call into the kernel for each part of a value is dear
+_LIMIT_SLACK = 1.1  # keep a limit up to this multiple of the time left: fewer system calls
 
 
 def seconds_left(deadline: float) -> float:

@@ -23,9 +23,8 @@ class HostRows:
     """Rows of bytes in a file in memory.
 
     The first process makes the file, the others open it. The last one to come removes its name, so
-    the memory ends with the processes, however they end. A process that ends before that removes
-    the name, too. A file that no process uses was left by an engine that was killed, and is made
-    anew.
+    the memory ends with the processes, however they end. A process that ends earlier removes the
+    name, too. A file that no process uses was left by a killed engine, and is replaced.
 
     Attributes:
         rows: uint8 [num_rows, row_bytes].
@@ -53,7 +52,7 @@ class HostRows:
             self._finalizer = weakref.finalize(self, _remove, self._path, os.fstat(file).st_ino)
             if self._count[0] == num_processes:
                 os.unlink(self._path)
-            fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, as long as that is in use
+            fcntl.flock(file, fcntl.LOCK_SH)  # the mapping holds the lock until it is closed
         self._num_processes = num_processes
         self.rows: NDArray[np.uint8] = np.frombuffer(memory, np.uint8, num_bytes)
         self.rows = self.rows.reshape(num_rows, row_bytes)
@@ -74,12 +73,12 @@ class HostRows:
                     yield file
                     return
             finally:
-                os.close(file)  # and end the lock
+                os.close(file)  # also releases the lock
             # Its name was removed meanwhile.
 
     def _allocate(self, file: int, num_bytes: int) -> None:
         try:
-            # At once: memory that is missing later would end the process with SIGBUS.
+            # Allocate all now: memory that is missing later would end the process with SIGBUS.
             os.posix_fallocate(file, 0, num_bytes + _COUNT_BYTES)
         except OSError as error:
             os.unlink(self._path)

@@ -1,4 +1,4 @@
-"""What the bytes of a chunk mean: the model, and how vLLM lays its pages out."""
+"""Names for the bytes of a chunk: the model, and how vLLM lays its pages out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chunk_layout(
 
 
 def store_keys(layout: BlockLayout) -> Callable[[bytes], bytes]:
-    """Return the function from a key of vLLM's to the key of its chunk in stores."""
+    """Return the function that maps vLLM's key of a chunk to its key in stores."""
     fingerprint = layout.fingerprint
 
     def store_key(key: bytes) -> bytes:
@@ -82,7 +82,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _settings(model_config: Any) -> str:
-    """Return a digest of what else changes the keys and values, such as RoPE."""
+    """Return a digest of the settings that change keys and values, such as RoPE."""
     settings = model_config.hf_config.to_dict()
     for name in _UNNAMED:
         settings.pop(name, None)
@@ -95,5 +95,5 @@ def _device() -> str:
     kind: str = current_platform.device_type
     if kind != "cpu":
         return kind
-    amx = torch.cpu._is_amx_tile_supported()  # no public function says it
+    amx = torch.cpu._is_amx_tile_supported()  # there is no public function
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx {amx}"

@@ -15,7 +15,7 @@ from kvpager.integrations.vllm.releases import check_release
 
 check_release(vllm.__version__)
 
-# Imported by their places in the supported releases: another release may lack them.
+# These modules are those of the supported releases: another release may lack them.
 from vllm.config import (  # noqa: E402
     KVTransferConfig,
     get_current_vllm_config_or_none,

@@ -1,4 +1,4 @@
-"""Moves chunks between rows of host memory and the stores below. Threads do the transfers."""
+"""Moves chunks between rows of host memory and the stores below, on threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
 
 
 class LowerTiers:
-    """The stores below host memory. Its methods never wait for a store, unless they say so."""
+    """The stores below host memory. Only `wait_a_moment`, `drain` and `close` wait for a store."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class LowerTiers:
         absent: int,
         is_prefix: bool,
     ) -> None:
-        """Look for chunks of one group. Answers the number of a store for each, or `absent`.
+        """Look for chunks of one group. Calls `answer` with a store's number for each, or `absent`.
 
         Of a prefix, the chunks after the first missing one count as absent.
         """
@@ -77,12 +77,12 @@ class LowerTiers:
     def fetch(self, tier: KeyedTier, chunks: Sequence[Chunk], end: _End) -> None:
         """Load chunks into their slots of `tier`; publish those that arrive, abandon the rest.
 
-        In the end, `end` is told the keys that arrived, and all keys.
+        Afterwards calls `end` with the keys that arrived, and with all keys.
         """
         self._start_fetch(self._fetch, tier, chunks, end)
 
     def save(self, tier: KeyedTier, pairs: Sequence[KeySlot]) -> None:
-        """Offer chunks to each store. Unpins their slots of `tier` in the end."""
+        """Offer chunks to each store, then unpin their slots of `tier`."""
         self._saves[self._saver.submit(self._save, tier, pairs)] = len(pairs)
 
     def wait_a_moment(self, seconds: float) -> None:
@@ -94,7 +94,7 @@ class LowerTiers:
         wait([*self._fetches, *self._saves], seconds)
 
     def close(self) -> None:
-        """Save what waits, for at most 5 seconds, and close the stores."""
+        """Finish queued saves, for at most 5 seconds, and close the stores."""
         self.drain(_CLOSE_S)
         self._fetchers.shutdown(cancel_futures=True)
         self._saver.shutdown(cancel_futures=True)
@@ -117,7 +117,7 @@ class LowerTiers:
             for number, store in enumerate(self.stores):
                 missing = [key for key in keys if key not in places]
                 places |= dict.fromkeys(present(store, missing), number)
-        except Exception:  # a foreign store may break its contract; its chunks are computed
+        except Exception:  # a third-party store may break its contract: vLLM computes its chunks
             logger.exception("kvpager: cannot look for chunks")
         finally:
             answer({key: places.get(key, absent) for key in keys})

@@ -1,4 +1,4 @@
-"""Which chunks are in host memory and in the stores below: the scheduler's side."""
+"""The scheduler's side: records which chunks are in host memory, and which in stores below."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from kvpager.integrations.vllm.lower_tiers import Chunk, LowerTiers
 from kvpager.integrations.vllm.worker import Slots
 from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier
 
-_ABSENT, _ASKED = -1, -2  # in the place of the number of a store
+_ABSENT, _ASKED = -1, -2  # instead of a store's number
 _IDLE_S = 0.005
-_SAVING_MAX = 0.25  # of all slots: they cannot be evicted
+_SAVING_MAX = 0.25  # part of all slots: a slot cannot be evicted while it is saved
 _SOURCES = {"disk": CacheHitSource.DISK}
 
 
 class _Request:
-    """What a request did with the chunks of a tier."""
+    """A request's use of the chunks of a tier."""
 
     def __init__(self, tier: KeyedTier) -> None:
         self.tier = tier
@@ -39,7 +39,7 @@ class _Request:
         self.loading: list[int] = []  # pinned slots
         self.places: dict[bytes, int] = {}  # which store has a chunk
         self.sources: dict[bytes, str] = {}  # the name of the store that a chunk came from
-        self.unknown: list[tuple[int, bytes]] = []  # with their places in the prompt
+        self.unknown: list[tuple[int, bytes]] = []  # not looked up yet: position in the prompt, key
         self.looked_up: list[bytes] = []  # in this step, in host memory or in a store
 
 
@@ -63,7 +63,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._make_tier, self._rows, self._lower = make_tier, rows, lower
         self._tier = make_tier()
         self._writing: dict[bytes, int] = {}  # slots that are reserved
-        self._waiting: dict[str, _Request] = {}  # asked in this step for chunks that are not here
+        self._waiting: dict[str, _Request] = {}  # lacked chunks in this step
         self._num_requests = 0
         self._changes = deque[tuple[bool, list[bytes]]]() if events else None
 
@@ -117,20 +117,20 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
             lower.locate(keys, request.places.update, absent=_ABSENT, is_prefix=is_prefix)
 
     def _fetch(self, request: _Request, lower: LowerTiers) -> None:
-        """Load the chunks that stores have. One that finds no room is a miss for the request."""
+        """Load the chunks that stores have. A chunk that finds no room is a miss."""
         looked_up, request.looked_up = list(dict.fromkeys(request.looked_up)), []
         places = request.places
         wanted = {key for key in looked_up if places.get(key, _ABSENT) >= 0}
         if not wanted:
             return
-        # Chunks that are here are named, too: they make no room for the others.
+        # Reserve includes chunks in host memory, so that they are not evicted for the others.
         slots, evicted = self._tier.reserve(looked_up, partly=True)
         self._tell(True, (key for key, _ in evicted))
         pairs = [pair for pair in zip(looked_up, slots.tolist(), strict=True) if pair[1] >= 0]
         chunks = [Chunk(key, slot, places[key]) for key, slot in pairs if key in wanted]
-        self._tier.abandon([slot for key, slot in pairs if key not in wanted])  # it left meanwhile
+        self._tier.abandon([slot for key, slot in pairs if key not in wanted])  # it left
         for key in wanted:
-            places[key] = _ABSENT  # asked for once: what leaves again is computed
+            places[key] = _ABSENT  # asked for once: if it leaves again, vLLM computes it
         self._writing |= {chunk.key: chunk.slot for chunk in chunks}
         request.sources |= {chunk.key: lower.stores[chunk.store].name for chunk in chunks}
         if chunks:
@@ -195,7 +195,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._save(ordered)
 
     def _save(self, keys: list[bytes]) -> None:
-        """Offer stored chunks to the stores below, as many as these keep up with."""
+        """Offer chunks to the stores below, while at most a quarter of all slots is being saved."""
         if self._lower is None:
             return
         if not self._rows.is_complete:
@@ -226,7 +226,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
             self._changes.append((removed, told))
 
     def reset_cache(self) -> None:
-        """Forget all chunks in host memory, and what vLLM was doing with them."""
+        """Forget all chunks in host memory, and the transfers under way."""
         if self._lower is not None:
             self._lower.drain()
         self._tier = self._make_tier()

@@ -1,4 +1,4 @@
-"""What a user sets: `offload`, and the same as JSON for `vllm serve`."""
+"""The settings of a user: `offload`, or the same as JSON for `vllm serve`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         self._model_config = vllm_config.model_config
         num_bytes = config.worker_kv_bytes_per_block * self.blocks_per_chunk
         num_bytes *= config.parallel.world_size
-        # Whole pages: a disk reads them without a copy.
+        # Pad to whole pages: a disk reads these without a copy.
         self._chunk_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._num_chunks = self._options.host_memory // max(self._chunk_bytes, 1)
         if not self._num_chunks:
@@ -91,7 +91,7 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         if are_private(tiers):
             model_id = model_id or self.config.model.name
         elif os.environ.pop("PYTHONHASHSEED", None) is not None:
-            # vLLM would begin its hashes with it, soon after this.
+            # vLLM's hashes would begin with the seed; vLLM reads it soon after this.
             logger.warning("kvpager: PYTHONHASHSEED is ignored, so that processes share blocks.")
         layout = chunk_layout(self.config, self._model_config, model_id, self._chunk_bytes)
         stores = open_stores(tiers, layout=layout)

@@ -31,7 +31,7 @@ class Part(NamedTuple):
     Attributes:
         group: the number of the group.
         blocks: blocks of the device, int64 [n].
-        places: for each block the row of its chunk, and its place in the chunk.
+        places: for each block, the row of its chunk and its position in the chunk.
         slots: the rows.
     """
 
@@ -77,7 +77,7 @@ class KvpagerOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         for group, blocks, places, slots in self._parts(src_spec, dst_spec):
             is_full = len(places) == len(slots) * self._per_chunk
             if not is_full or self._num_bytes[group] < self._rows.shape[2]:
-                self._rows[slots] = 0  # no store below is to see what the row held before
+                self._rows[slots] = 0  # stores must not get the earlier content of the row
             for layer in self._layers[group]:
                 for (slot, place), page in zip(places, _read(layer.pages, blocks), strict=True):
                     self._rows[slot, place, layer.start : layer.stop] = page
@@ -108,7 +108,7 @@ class KvpagerOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         ):
             if not num_blocks:
                 continue
-            skipped = first % self._per_chunk  # blocks of the first chunk that are left out
+            skipped = first % self._per_chunk  # blocks of the first chunk before the transfer
             num_slots = -(-(num_blocks + skipped) // self._per_chunk)
             numbers = np.arange(skipped, skipped + num_blocks)
             rows = slots[numbers // self._per_chunk].tolist()

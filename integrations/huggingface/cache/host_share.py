@@ -1,4 +1,4 @@
-"""The host memory of a patch that its rows leave to cached prompts."""
+"""The part of a patch's host memory that its rows do not use: cached prompts use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvpager.storage.tiers.layout import BlockLayout
 
 
 class HostShare:
-    """Slots for cached blocks, as many as rows leave. The caller holds the lock of the pools.
+    """Slots for cached blocks in the bytes that rows leave. The caller holds the lock of the pools.
 
     Attributes:
         staging: the slots, and their store.
@@ -20,7 +20,7 @@ class HostShare:
     def __init__(self, storage: BlockStorage, layout: BlockLayout, capacity: int) -> None:
         """Reserve addresses for the blocks that fit into `capacity` bytes, but use none of them.
 
-        Raises: `ValueError` for room for no block; `MemoryError` if the system refuses.
+        Raises: `ValueError` if not even one block fits; `MemoryError` if the system refuses.
         """
         store = HostStore(capacity, layout=layout)
         self._store = store
@@ -30,7 +30,7 @@ class HostShare:
     def fit(self, num_bytes: int) -> None:
         """Use at most `num_bytes` from now on. O(slots that change).
 
-        Cached blocks leave for that. Blocks that are being copied stay until a later call.
+        Evicts cached blocks if they use more. Blocks that are being copied stay until a later call.
         """
         num_slots = len(self._store.memory)
         surplus = num_slots - len(self._unused) - num_bytes // self._store.block_bytes

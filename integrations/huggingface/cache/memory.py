@@ -66,7 +66,7 @@ class PagedMemory:
         eviction: which cached blocks are evicted first; host memory caches none.
         namespace: the default namespace of calls, in whose quota their blocks count.
         keep_pools: keep pools with published prompts, even while no cache uses them.
-        device: the memory that this host memory is behind; None for the device's own.
+        device: if this is host memory, the memory of the device whose rows move here; else None.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class PagedMemory:
         """Return True if the bound has room for `num_bytes` more. O(pools).
 
         To make room, drops pools that hold only cached prefixes, then frees unused blocks of other
-        pools. Blocks of `share` leave for what is claimed.
+        pools. Evicts blocks of `share` for the claimed bytes.
         """
         with self.lock:
             fits = self._claim(num_bytes, claimant)
@@ -256,7 +256,7 @@ class PagedMemory:
             return fits
 
     def fit_share(self, besides: int = 0) -> None:
-        """Let cached blocks use the bytes that pools and `besides` leave. O(pools)."""
+        """Let cached blocks use the bytes that pools do not, less `besides` bytes. O(pools)."""
         if self.share is not None:
             self.share.fit(max(self.room - besides, 0))
 

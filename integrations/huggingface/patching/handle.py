@@ -81,7 +81,7 @@ class Patch:
 
     @property
     def tiers(self) -> TierControls:
-        """The patch's tiers: `patch.tiers.forget("acme")`. Raises: `KVPagerError` without."""
+        """The patch's tiers: `patch.tiers.forget("acme")`. Raises: `KVPagerError` if none."""
         if self.prompt_tiers is None:
             raise KVPagerError(
                 "this patch has no tiers. Pass patch(model, prefix_cache=True, tiers=...)."

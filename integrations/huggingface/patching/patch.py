@@ -10,7 +10,8 @@ Details of the arguments of `patch`:
   bfloat16. Rounding moves the attention output by about 1 % of its norm in int8 and 4 % in fp8, so
   tokens may differ.
 - `host_memory`: rows that move there continue there, with the same tokens, but slower. The pool of
-  each layer shape may then exceed `memory` by one block.
+  each layer shape may then exceed `memory` by one block. With `tiers`, cached blocks use what rows
+  leave: the first tier.
 - `prefix_cache`: keeps the blocks of prompts, and of replies by greedy search and sampling. A
   prompt that begins like an earlier one, or repeats a conversation, computes only its new tokens.
   It works for causal text models without sliding windows. It takes memory until
@@ -85,7 +86,7 @@ def patch(
         block_size: token slots of a block, a power of two.
         dtype: the dtype that keys and values must have; None for the model's own.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` keeps keys and values in eight bits, rounded.
-        host_memory: bytes of host memory for rows without room on the device, and the first tier.
+        host_memory: bytes for rows without room on the device, and with `tiers` for cached blocks.
         prefix_cache: keep prompts and replies for later calls, until `clear_prefix_cache()`.
         namespace: with `prefix_cache`, only prompts of the same namespace share blocks.
         in_place: let `sdpa` and flash attention read blocks in place; False gathers them.

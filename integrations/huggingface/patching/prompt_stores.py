@@ -78,7 +78,7 @@ def open_prompt_tiers(
 def _staging(
     memory: PagedMemory, storage: BlockStorage, info: ModelInfo
 ) -> tuple[Staging, HostShare | None]:
-    """Return staging: what rows leave of host memory, or a buffer without host memory."""
+    """Return staging in what rows leave of host memory; without host memory, a buffer."""
     if memory.host is None:
         bound = memory.budget.bound
         num_blocks = None if bound is None else max(bound // storage.block_bytes, 1)

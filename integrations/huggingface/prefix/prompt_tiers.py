@@ -118,10 +118,10 @@ class PromptTiers:
         self._fetch(prompt.rows, prompt.key)
 
     def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> int:
-        """Put a prompt into the prefix cache, whatever computing it takes. O(tokens + bytes).
+        """Put a prompt into the prefix cache, even if computing is faster. O(tokens + bytes).
 
-        `namespace` is that of calls now if None. Returns how many tokens were added. Raises: as
-        `tiering`.
+        If `namespace` is None, uses that of current calls. Returns how many tokens were added.
+        Raises: as `tiering`.
         """
         self.tiering()
         if namespace is None:
@@ -198,7 +198,7 @@ class PromptTiers:
         return is_dirty
 
     def _fit_share(self) -> None:
-        """Use the host memory that rows leave now. O(pools + slots that change)."""
+        """Let cached blocks use what rows leave of host memory. O(pools + slots that change)."""
         if self._pool.memory.host is not None:
             self._pool.memory.host.regain_share()
 

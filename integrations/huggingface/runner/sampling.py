@@ -198,14 +198,14 @@ class SettingsMaker:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model = model
         self._defaults: dict[str, Any] = {}
-        # No method of this object, so that it ends as soon as it is dropped.
+        # Not a bound method: a reference cycle would keep this object alive.
         self.new = functools.partial(SamplingSettings, model, tokenizer=tokenizer)
         self._usual = functools.lru_cache(maxsize=64, typed=True)(self.new)
 
     def of_request(
         self, config: GenerationConfig | None, overrides: dict[str, Any]
     ) -> SamplingSettings:
-        """Return settings, the same object until the model's own settings change."""
+        """Return settings. Equal lengths share them until the model's own settings change."""
         if overrides.keys() - {"max_new_tokens"} or config is not None:
             return self.new(config, **overrides)
         defaults = vars(self._model.generation_config)

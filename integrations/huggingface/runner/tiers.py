@@ -86,7 +86,7 @@ def open_tiers(
 
 
 def buffer_for(storage: BlockStorage, num_blocks: int | None) -> Staging:
-    """Return staging of at most 1 GiB. `num_blocks`: the most that `storage` will have, or None."""
+    """Return staging of at most 1 GiB. `num_blocks` bounds the blocks of `storage`, unless None."""
     num_slots = max(_STAGING_BYTES // storage.block_bytes, _STAGING_MIN)
     return Staging(storage, num_slots if num_blocks is None else min(num_slots, num_blocks))
 
@@ -103,7 +103,7 @@ def tiering_of(
 ) -> Tiering:
     """Name the model, open the stores, and return what moves its blocks. O(bytes of the weights).
 
-    `adapter_of` maps the `lora` of blocks in `manager` to that in their content keys.
+    `adapter_of` maps the `lora` of blocks in `manager` to the one in their content keys.
     Raises: as `model_id` and `open_stores`.
     """
     name = model_id(model) if config.model_id is None else config.model_id
