@@ -148,11 +148,10 @@ Transfer = FetchBlocks | LoadBlocks | SaveBlocks | DropBlocks | EndFetch
 class StepPlan:
     """One step of a `Scheduler`: plain arrays and ids, so it can be sent to another process.
 
-    Apply `transfers` if you are a follower, then `swaps` in order, then `copies` (all reads before
-    all writes). Then compute
-    `num_scheduled[i]` tokens of each row i: write their KV to `slot_mapping`. They attend to
-    the first `seq_lens[i]` tokens through `block_tables[i]`. Decoding rows come first. The rows of
-    a request are adjacent.
+    A follower applies `transfers` first. Apply `swaps` in order, then `copies` (all reads before
+    all writes). Then compute `num_scheduled[i]` tokens of each row i: write their KV to
+    `slot_mapping`. They attend to the first `seq_lens[i]` tokens through `block_tables[i]`.
+    Decoding rows come first. The rows of a request are adjacent.
 
     Attributes:
         swaps: blocks to move between device and host.

@@ -9,8 +9,8 @@ from kvpager.blocks.state import BlockState
 class HostBlocks:
     """Lends free host blocks to another user of host memory, and calls them back. Thread-safe.
 
-    Swapped sequences come first: a swap that finds too few free blocks takes lent ones back, those
-    that the borrower can spare.
+    Swapped sequences come first: a swap that finds too few free blocks calls lent ones back, if the
+    borrower can spare as many.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -34,7 +34,7 @@ class HostBlocks:
     def lend(self) -> None:
         """Lend the host blocks that swaps freed meanwhile, if there is a borrower. O(blocks).
 
-        Call it only after all plans were carried out, or with `fences=True`: a plan that is not may
+        Call it only after all plans were carried out, or with `fences=True`: an unfinished plan may
         still read these blocks.
         """
         state = self._state

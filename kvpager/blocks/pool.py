@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import Int32, Int64
 
-# Bits of `marks`, see `kvpager.blocks.cached`: stores, offered to stores, the content key is known,
-# passing (see `groups/continuations.py`).
+# Bits of `marks`: clean in a store (one bit each), offered, content key known, passing. See
+# `kvpager.blocks.cached` and `groups/continuations.py`.
 STORES, OFFERED, KEYED, PASSING = (1 << 7) - 1, 1 << 7, 1 << 8, 1 << 9
-_IDLED_MAX = 1024  # arrays
+_IDLED_MAX = 1024  # arrays in `idled`
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
@@ -69,7 +69,7 @@ class BlockPool:
         self.marks: NDArray[np.uint16] = np.zeros(num_blocks, np.uint16)
         self.counts_dirty = False
         self.num_dropped_dirty = 0  # evicted blocks that no store had
-        # Blocks that became idle since a reader set this to []; None if more than that changed.
+        # Blocks that became idle since a reader set this to []; None if the reader must rank all.
         self.idled: list[Index] | None = None
         self.num_revived = 0  # idle blocks that were used again
         self.num_evictable = 0
@@ -268,7 +268,7 @@ class BlockPool:
         return idle
 
     def note_idle(self, blocks: Index) -> None:
-        """Name blocks to the reader of `idled`. O(blocks)."""
+        """Record that blocks became idle. O(blocks)."""
         if self.idled is not None:
             self.idled.append(blocks.copy())
             if len(self.idled) > _IDLED_MAX:
@@ -330,7 +330,7 @@ class BlockPool:
             after[new] = before[old]
             setattr(self, name, after)
         self.idled = None
-        self.marks &= np.uint16(STORES | PASSING)  # the keys of blocks that move do not move along
+        self.marks &= np.uint16(STORES | PASSING)  # a moved block does not take its key along
         num_used_ever = max([min(self._num_used_ever, num_blocks), *(new + 1)])
         free = self._stack[: self._stack_size]
         free = free[(free < num_blocks) & ~np.isin(free, new)]

@@ -1,4 +1,4 @@
-"""The idle blocks that leave next: ranked once, and followed until others leave next."""
+"""The idle blocks that leave next, ranked once for many searches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from kvpager.blocks.state import BlockState
 from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64
 
-_SLACK_PART = 4  # a quarter more blocks are ranked than are looked for
-_LOOK_AT = 512  # blocks at a time
+_SLACK_PART = 4  # rank a quarter more blocks than `ahead`
+_LOOK_AT = 512  # blocks per call of `wanted`
 
 Index = NDArray[np.intp]
 
@@ -22,8 +22,8 @@ class Upcoming:
         blocks   - - - - - + - + + - | . . . . . .     by rank; +: wanted
                            seen      end
 
-    Blocks that become idle later are added if they rank as low as those. `BlockPool.idled` names
-    them, and says when all have to be ranked anew.
+    Blocks that become idle later are added if they rank as low as those. `BlockPool.idled` lists
+    them, and is None when all have to be ranked again.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -32,7 +32,7 @@ class Upcoming:
         self._blocks: Index = np.empty(0, np.intp)
         self._ranks: Float64 | Int64 = np.empty(0, np.int64)
         self._bound: float = np.inf  # idle blocks of a higher rank are left out
-        self._num_left = 0  # when the blocks were ranked
+        self._num_left = 0  # the count when the blocks were ranked
         self._seen = 0
 
     def first(self, count: int, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> Int32:
@@ -56,7 +56,7 @@ class Upcoming:
     def _follow(self, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> None:
         """Rank all idle blocks if needed, or add those that became idle."""
         pool = self._state.pool
-        idled, pool.idled = pool.idled, []  # first: a policy that fails now changes all ranks
+        idled, pool.idled = pool.idled, []  # before ranking: if the policy fails, all ranks change
         before, self._ahead = self._ahead, ahead
         is_short = self._num_near > len(self._blocks) and self._bound < np.inf
         if idled is None or ahead != before or is_short:
@@ -86,7 +86,7 @@ class Upcoming:
 
     @property
     def _num_near(self) -> int:
-        """How many of the blocks leave, or have left, until `ahead` more are taken."""
+        """The number of ranked blocks that will have left when `ahead` more are taken."""
         num_left = self._count_left() - self._num_left
         return self._ahead - self._state.pool.num_free + num_left
 
@@ -95,7 +95,7 @@ class Upcoming:
         return self._state.totals["total_evicted"] + self._state.pool.num_revived
 
     def _end(self) -> int:
-        """Return how many of the blocks are near. Blocks of one rank are, if one of them is."""
+        """Return the end of the blocks that leave soon, with all blocks of the last one's rank."""
         end = min(max(self._num_near, 0), len(self._blocks))
         return int(np.searchsorted(self._ranks, self._ranks[end - 1], "right")) if end else 0
 

@@ -49,7 +49,7 @@ def one_line_errors(options: Mapping[str, str]) -> Iterator[None]:
             raise
         raise fail(_of_file(error), FAILED) from None
     except ImportError as error:
-        if "pip install" in str(error):  # an extra of kvpager
+        if "pip install" in str(error):  # a missing extra of kvpager
             raise fail(f"{error}") from None
         if "transformers" not in str(error):
             raise

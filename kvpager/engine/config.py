@@ -30,8 +30,8 @@ class EngineConfig:
         memory: bytes of the KV cache, such as `"4GiB"`. The default is enough for `max_num_seqs`
             sequences of maximum length, but at most 90 % of the free GPU memory, or 50 % of the
             free host memory on a CPU.
-        host_memory: bytes of host memory for swapped requests, and with `tiers` for cached blocks
-            in what they leave: the first tier. None for no swap.
+        host_memory: bytes of host memory for swapped requests; None for no swap. With `tiers`,
+            cached blocks use what swapped requests leave: the first tier.
         block_size: token slots per block, a power of two.
         kv_cache_dtype: `"int8"` or `"fp8_e4m3"` to store keys and values in eight bits.
         eviction: the eviction policy: a name in `kvpager.blocks.policies.POLICIES`, or a function

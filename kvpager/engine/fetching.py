@@ -25,8 +25,8 @@ from kvpager.storage.tiers.tiering_stats import TieringStats
 logger = logging.getLogger("kvpager")
 
 _CLEANED_PER_STEP = 64  # blocks offered to the stores, at most
-# While blocks are loaded, others are attached: each time at least so many blocks, and that part of
-# the prompt, because each time costs O(prompt).
+# While a fetch loads, its loaded blocks are attached in parts, because each part costs O(prompt):
+# at least `_ATTACHED_MIN` blocks, and 1 / `_ATTACHES` of the prompt.
 _ATTACHED_MIN, _ATTACHES = 32, 4
 _LAST_SAVES_S = 5.0
 

@@ -12,13 +12,13 @@ from numpy.typing import ArrayLike
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.tiering import Tiering
 
-GRACE_S = 0.05  # for stores to end a load after its deadline
+GRACE_S = 0.05  # for a store to return from a load after the deadline
 
 
 @dataclass(eq=False)
 class _Warmed:
     fetch: Fetch
-    num_tokens: int  # that were attached
+    num_tokens: int  # attached so far
     work: Future[int]  # the caller waits for it
 
 
@@ -52,7 +52,7 @@ class Warming:
         return work
 
     def attach(self, room: int) -> int:
-        """Attach up to `room` blocks, and give late prompts up. Returns the rest. O(bytes)."""
+        """Attach up to `room` blocks, cancel late loads, return the rest of `room`. O(bytes)."""
         now = time.monotonic()
         for each in list(self._waiting):
             fetch = each.fetch

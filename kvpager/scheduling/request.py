@@ -85,7 +85,7 @@ class RequestState:
 
 def lora_of_version(lora: str | None, cache_version: int) -> str | None:
     """Return the LoRA under which prefixes of a version of the cache are cached. O(1)."""
-    # A caller's NULs are doubled: no name of a LoRA ends like one with a version.
+    # Double the caller's NULs, so that no name ends like a name with a version.
     lora = lora and lora.replace("\0", "\0\0")
     return f"{lora or ''}\0{cache_version}" if cache_version else lora
 

@@ -68,7 +68,7 @@ class KeyGroup(NamedTuple):
 
     @property
     def fields(self) -> tuple[bytes, ...]:
-        """What keys cover of the group: nothing if it is the only one, without a window."""
+        """The fields that keys cover; none if the only group has no window."""
         if self == _ALL_LAYERS:
             return ()
         numbers = self.number, *(0 if window is None else window for window in self.windows)
@@ -162,8 +162,8 @@ class PromptKeys:
 class ContentKeying:
     """Makes the keys of blocks one by one, for `manager.cached.keys`.
 
-    They are those of `PromptKeys`. `context_of` returns the context of a
-    namespace and LoRA adapter. It must always return the same one. `windows` are the manager's.
+    The keys equal those of `PromptKeys`. `context_of` returns the context of a namespace and LoRA
+    adapter, always the same one. `windows` are the manager's.
     """
 
     def __init__(

@@ -70,8 +70,8 @@ def host_pages(num_blocks: int, run: int, dtype: torch.dtype, *, pinned: bool) -
 def populate(memory: Tensor, num_bytes: int) -> None:
     """Let the system provide the first `num_bytes` of a CPU tensor now. O(bytes).
 
-    Otherwise it does at the first write, which takes longer than copying. The content stays.
-    Systems that cannot do so ignore the call.
+    Otherwise the first write waits for that, which takes longer than the copy. The content stays.
+    No effect on systems that lack the call.
     """
     stop = memory.data_ptr() + min(num_bytes, memory.nbytes)
     start = -(-memory.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES

@@ -16,19 +16,19 @@ from kvpager.storage.block_storage import BlockStorage
 from kvpager.storage.memory import host_pages, populate
 from kvpager.storage.tiers.host import HostStore
 
-_READY_BYTES = 64 << 20  # memory that is there before the first transfer
+_READY_BYTES = 64 << 20  # provided by the system before the first transfer
 
 
 class Staging:
     """Slots of one block each, page-aligned; page-locked if the storage is on a GPU.
 
-    `take` gives a slot to one caller, and `share` to one more: the last one gives it back. A slot
+    `take` gives a slot to a caller, and `share` to a further one: the last `give` frees it. A slot
     is reused only when no copy reads it any more. Any thread may call `take`, `share`, `give` and
     `slot`.
 
     Attributes:
-        store: the store whose slots these are, a tier that needs no copy; None if they are a buffer
-            only.
+        store: the store that owns the slots: it keeps a staged block without a copy. None if the
+            slots are only a buffer.
     """
 
     store: HostStore | None
@@ -50,7 +50,7 @@ class Staging:
     def of_host(cls, storage: BlockStorage) -> Staging:
         """Return slots, and their store, in the host blocks of `storage`. O(slots).
 
-        `manager.host.lend_to(staging)` lends it those that no swapped sequence needs.
+        `manager.host.lend_to(staging)` lends it the blocks that no swapped sequence needs.
         """
         return cls.within(storage, HostStore.over(_bytes(storage.tier("host")), is_free=False))
 
@@ -131,9 +131,9 @@ class Staging:
         self._slots.give(blocks)
 
     def give_back(self, count: int) -> list[int]:
-        """Return `count` borrowed blocks; none if others are in use. O(count log blocks).
+        """Return `count` borrowed blocks; none if too few can leave. O(count log blocks).
 
-        Cached blocks leave for it, those of the oldest use first.
+        Evicts cached blocks for that, least recently used first.
         """
         self._reclaim()
         blocks = self._slots.take(count)

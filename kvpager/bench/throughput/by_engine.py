@@ -20,7 +20,7 @@ from kvpager.integrations.huggingface.runner.model_info import inspect_model
 
 
 class EngineSystem:
-    """An engine that stays open between runs, which do not find each other's prompts."""
+    """An engine that stays open between runs. No run finds the prompts of another run."""
 
     def __init__(
         self,
@@ -86,9 +86,9 @@ class EngineSystem:
     def _fresh(self) -> contextlib.AbstractContextManager[None]:
         """Begin a run that finds no prompts of earlier runs.
 
-        A pause drops them, and the first step sees all requests that are due. So the batching
-        depends on the workload, not on how fast this thread submits. But it would end the use of
-        tiers: with them, each run has a namespace of its own. Another process finds its prompts.
+        Without tiers, a pause drops them, and the first step sees all requests that are due. So the
+        batching depends on the workload, not on how fast this thread submits. A pause would turn
+        tiers off, so with tiers each run has its own namespace.
         """
         return contextlib.nullcontext() if self.engine.config.tiers else self.engine.pause()
 

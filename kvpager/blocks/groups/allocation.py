@@ -94,7 +94,7 @@ class GroupAllocation(Allocation):
             self._state.evictor.policy.touch(blocks)
             self._continuations.keep(blocks)
 
-    # ---------------------------------------------------------------- blocks from elsewhere
+    # ---------------------------------------------------------------- blocks that a caller fills
 
     def held(self, who: Prompt, ids: Int32) -> Int32:
         """Return the cached blocks of `ids`, [groups, blocks], -1 for the others. O(tokens)."""

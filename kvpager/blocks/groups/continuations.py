@@ -1,4 +1,4 @@
-"""Which blocks of groups with a window are of use elsewhere: those that a prompt continues from.
+"""Marks the blocks of groups with a window that stores need: those that a prompt continues from.
 
 A sequence of a window of two blocks, whose prompt had seven blocks; it ends after ten:
 
@@ -7,8 +7,8 @@ A sequence of a window of two blocks, whose prompt had seven blocks; it ends aft
              . . . . .       h          passing: they serve no prompt that ends there
 
 A full block is *passing* when it is published, unless it is in the last window of the sequence's
-prompt. The blocks in the last window of a sequence stop passing when it ends, and those that
-another prompt continues from when it begins. `manager.cached` does not offer passing blocks.
+prompt. When a sequence ends, the blocks in its last window stop passing. When a prompt
+continues from blocks, these stop passing, too. `manager.cached` does not offer passing blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Continuations:
         self._state = state
 
     def publish(self, row: int, begin: int, own: Int32, published: Int32) -> None:
-        """Mark the blocks of a row, from block `begin` on, that its prompt does not end with.
+        """Mark the blocks of a row, from block `begin` on, except the last window of its prompt.
 
         `published` are the blocks in the index, which may be those of other sequences. O(blocks).
         """
@@ -55,7 +55,7 @@ class Continuations:
         state, table = self._state, self._state.rows
         blocks = table.device_blocks(row)
         self.keep(blocks[state.pool.cached[blocks]])
-        # A prompt continues at the end of a block, up to one block further left.
+        # A prompt continues at the end of a full block: up to one block before the end.
         position, block = int(table.first_blocks[row]) - 1, int(table.behind[row]) - 1
         digests = table.digests[row - table.prompt(row).group]
         if block < 0 or position < self._first_needed(row, int(table.published[row])):

@@ -1,4 +1,4 @@
-"""Digests of the beginnings of a prompt: they name the blocks of groups with a window."""
+"""Digests of a prompt's prefixes: they name the blocks of groups with a window."""
 
 from __future__ import annotations
 

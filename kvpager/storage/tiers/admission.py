@@ -102,5 +102,5 @@ class Admissions:
         ]
 
     def _has_room(self, store: BlockStore, num_blocks: int) -> bool:
-        # `num_blocks` on their way take slots of a store that shares its own.
+        # Blocks that pass through the shared slots take room in that store.
         return has_free_room(store, besides=num_blocks if store is self._shared else 0)

@@ -36,7 +36,7 @@ class Attached(NamedTuple):
         return [[key for key, source in pairs if source == n] for n in range(len(stores))]
 
     def num_tokens(self, stores: Sequence[BlockStore], block_size: int) -> dict[str, int]:
-        """Return how many more tokens are cached, divided among stores by their blocks."""
+        """Return the newly cached tokens by store, in proportion to their blocks."""
         num_tokens, before, tokens = self.num_new * block_size, 0, dict[str, int]()
         for store, keys in zip(stores, self.by_store(stores), strict=True):
             if keys:

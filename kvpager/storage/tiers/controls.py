@@ -1,4 +1,4 @@
-"""What callers may ask of the tiers of an engine or of a patch."""
+"""The calls of `engine.tiers` and `patch.tiers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvpager.storage.tiers.tiering_stats import TieringStats
 
 
 class TiersOwner(Protocol):
-    """What has tiers: an engine or a patch. Any thread may call its methods."""
+    """An owner of tiers: an engine or a patch. Any thread may call its methods."""
 
     def locked(self) -> AbstractContextManager[Any]:
         """Return the lock under which `tiering` is used. Raises: `EngineClosed` in a fork."""
@@ -55,7 +55,7 @@ class TierControls:
 
         Waits for the stores. Running requests may publish their prompts again. Returns how many
         blocks left the stores: those that this process saved or loaded. Raises: `TypeError` for a
-        namespace that is no name; `KVPagerError` if the engine or the patch has ended.
+        namespace that is not a string; `KVPagerError` if the engine or the patch has ended.
         """
         with self._owner.locked():
             dropped = self._owner.tiering().forget(namespace)
@@ -66,7 +66,7 @@ class TierControls:
     ) -> int:
         """Load prompts from the stores into the prefix cache, one after the other. O(bytes).
 
-        Waits for each at most `wait_s` seconds, also if computing it is faster. Returns how many
+        Waits for each at most `wait_s` seconds, even if computing it is faster. Returns how many
         tokens were added. Do not call it on the thread of an engine, as in `on_step`. Raises:
         `ValueError`, `TypeError` for a bad argument; `KVPagerError` if the engine or the patch has
         ended.

@@ -31,7 +31,7 @@ class Dropper:
         on_drop: called with the number of a store and the keys that it dropped.
         stores: the stores.
         tracked: the keys that stores keep.
-        news: what became of keys, in order.
+        news: the outcomes of keys, in order.
     """
 
     def __init__(self, stores: Sequence[BlockStore], tracked: NamespaceKeys) -> None:
@@ -60,7 +60,7 @@ class Dropper:
             self.news.append(News(number, keys, is_kept))
 
     def drop(self, number: int, keys: Iterable[bytes]) -> int:
-        """Drop blocks from a store, whenever it saved them; return how many. O(keys)."""
+        """Drop blocks from a store, of any age; return how many. O(keys)."""
         return self._drop(number, dict.fromkeys(keys, math.nan))
 
     def _drop(self, number: int, saved_at: dict[bytes, float]) -> int:

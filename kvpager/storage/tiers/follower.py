@@ -60,8 +60,8 @@ class TierFollower:
             staging: the buffer between its blocks and its stores.
             stores: the same ones as the leader's, in the same order.
             layout: of its shard; it goes into its keys.
-            report: called with the rank, a ticket and a number of blocks, on threads. Its work is
-                to call `followers.report` of the leader's `Tiering` with them.
+            report: called with the rank, a ticket and a number of blocks, on threads. It has
+                to pass them to `followers.report` of the leader's `Tiering`.
             max_wait_s: how long a save may take, in seconds.
 
         Raises: `ValueError`, `TypeError` for a bad argument.
@@ -137,10 +137,10 @@ class TierFollower:
         return [shard_key(key.tobytes(), self.rank, self._layout) for key in keys]
 
     def close(self) -> None:
-        """Wait for saves, at most `max_wait_s` seconds, and close the stores. Twice is as once."""
+        """Wait for saves, at most `max_wait_s` seconds, and close the stores. Idempotent."""
         self._loader.close()
         self._saver.close()
         self.apply(map(EndFetch, list(self._fetches)))
-        with contextlib.ExitStack() as stores:  # closes all, whichever raises
+        with contextlib.ExitStack() as stores:  # closes all, even if one raises
             for store in self.stores:
                 stores.callback(store.close)

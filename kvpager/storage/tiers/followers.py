@@ -1,8 +1,8 @@
-"""The leader's side of followers: what they are to do with their shards, and what they answered.
+"""The leader's record of followers: the transfers to send them, and their answers.
 
     begin(fetch) ─▶ FetchBlocks ─▶ each follower loads its shard into its own staging
     report(rank, ...)          ◀── ... and says how many leading blocks came
-    cut(fetch)                     what not every rank has is of no use
+    cut(fetch)                     drops the blocks that some rank lacks
     load(fetch)  ─▶ LoadBlocks ─▶ each follower copies staging to its device
     end(fetch)   ─▶ EndFetch   ─▶ each follower frees its staging
 
@@ -36,7 +36,7 @@ from kvpager.storage.tiers.saving import StagedBlock
 
 
 class _Asked(NamedTuple):
-    """A fetch of which followers know, and its first block then."""
+    """A fetch that followers were asked for, and its first block at that time."""
 
     fetch: Fetch
     first: int
@@ -101,10 +101,10 @@ class Followers:
         """Let followers drop their shards of blocks from a store, as the leader did. O(keys)."""
         if self.count:
             self._add(DropBlocks(_array(keys), number))
-            self._on_progress()  # no step may follow by itself
+            self._on_progress()  # otherwise no step may follow that sends them
 
     def end(self, fetch: Fetch) -> None:
-        """Let followers free what they have left of a fetch. Twice is as once. O(1)."""
+        """Let followers free the staged blocks of a fetch. Idempotent. O(1)."""
         if not self.count:
             return
         with self._lock:
@@ -126,7 +126,7 @@ class Followers:
             return ()
         with self._lock:
             now, begun = time.monotonic(), [self._asked[ticket] for ticket in self._begun]
-            # Nothing else can name a fetch that is not sent yet, so it may come last.
+            # No earlier transfer names a fetch that was not sent yet, so it may come last.
             fetches = [
                 FetchBlocks(fetch.ticket, _array(fetch.keys[first:]), max(fetch.deadline - now, 0))
                 for fetch, first in begun

@@ -1,6 +1,6 @@
 """Puts the loaded blocks of a prompt in all groups of layers into the prefix cache.
 
-A part of them is of no use: so the blocks are held, by a sequence, until all of them are filled.
+A prompt needs all of them to continue, so a sequence holds the blocks until all are filled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvpager.storage.tiers.slot_memory import SlotMemory
 
 @dataclass
 class _Filling:
-    """A sequence whose blocks are being filled, and the blocks that were."""
+    """A sequence whose blocks are being filled, and the blocks filled so far."""
 
     sequence: SequenceHandle
     num_new: int
@@ -34,7 +34,7 @@ class _Filling:
 
 
 class GroupAttacher:
-    """Attaches what prompts need to continue. One thread, between steps, calls its methods."""
+    """Attaches the blocks that prompts need. One thread, between steps, calls its methods."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class GroupAttacher:
         return self._end(fetch) if not fetch.slots else Attached([], [], 0)
 
     def _begin(self, fetch: Fetch) -> _Filling | None:
-        """Hold the blocks from which a prompt continues. Drops what is not needed any more."""
+        """Hold the blocks from which a prompt continues; drop loaded blocks it no longer needs."""
         manager, blocks, identity = self._manager, _blocks_of(fetch), fetch.identity
         blocks.cached = self._cached(fetch.tokens, identity)[:, : blocks.cached.shape[1]]
         num_before, num_blocks = blocks.longest(blocks.cached), blocks.longest(blocks.here)
@@ -105,7 +105,7 @@ class GroupAttacher:
         return filling
 
     def _end(self, fetch: Fetch) -> Attached:
-        """Cache the blocks of a prompt, which all are filled."""
+        """Put the blocks of a prompt into the prefix cache, once all are filled."""
         manager, filling = self._manager, self._filling[fetch]
         manager.commit(filling.sequence)
         tables = manager.cached_blocks(fetch.tokens, **fetch.identity)

@@ -30,11 +30,11 @@ class Place(NamedTuple):
 
 
 class GroupBlocks:
-    """What is known of a prompt's blocks: bool [groups, blocks] of those that are here.
+    """The known places of a prompt's blocks. Arrays of blocks are bool [groups, blocks].
 
     Attributes:
         keys: their content keys.
-        name: the key of the block behind those that the prompt continues after now.
+        name: the key of the block after the prefix that can continue now.
         cached: the blocks on the device.
         loaded: the blocks in staging.
         places: of the blocks in staging, in the order in which they came.
@@ -50,7 +50,7 @@ class GroupBlocks:
         self.stores = list(range(num_stores))
         self.stored: Bools = np.zeros((num_stores, *cached.shape), np.bool_)
         size, windows, ends = keys.block_size, keys.windows, range(cached.shape[1] + 1)
-        # Of each group, and of each number of blocks to continue after.
+        # The first block that each group needs, by the number of blocks to continue after.
         self._firsts: Int64 = np.array(
             [[first_needed(end * size, window, size) for end in ends] for window in windows]
         )
@@ -69,7 +69,7 @@ class GroupBlocks:
 
     @property
     def num_new(self) -> int:
-        """How many leading blocks the known blocks add to those here. O(groups * blocks)."""
+        """The number of leading blocks that the known blocks add. O(groups * blocks)."""
         return self.longest(self.known) - self.longest(self.here)
 
     def num_from(self, number: int) -> int:
@@ -77,7 +77,7 @@ class GroupBlocks:
         return [self.source(at) for at in self.to_load(self.longest(self.known))].count(number)
 
     def source(self, place: Place) -> int:
-        """Return the first store that has a block, which one does. O(stores)."""
+        """Return the first store with a block; at least one must have it. O(stores)."""
         return int(self.stored[:, place.group, place.position].argmax())
 
     def leave_out(self, number: int) -> None:
@@ -98,7 +98,8 @@ class GroupBlocks:
     def longest(self, here: Bools, most: int | None = None) -> int:
         """Return how many leading blocks a prompt continues after, with the blocks `here`.
 
-        At most `most` of them, if given, are not here yet in `self.here`. O(groups * blocks).
+        If `most` is given, at most `most` of the needed blocks are missing in `self.here`.
+        O(groups * blocks).
         """
         ends = np.arange(here.shape[1] + 1)
         lacking = _sums(~here, self._firsts, ends).sum(axis=0)

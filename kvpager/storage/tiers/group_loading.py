@@ -54,7 +54,7 @@ def find_windows(
         for place, is_there in zip(places, there, strict=True):
             blocks.stored[number][place] = is_there
         if blocks.longest(blocks.known, most) >= first + window:
-            return  # no longer prefix has a block before `first` in its window
+            return  # the windows of longer prefixes begin at `first` or later
         end, step = first, 2 * step
 
 

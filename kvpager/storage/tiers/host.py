@@ -23,9 +23,9 @@ class HostStore:
 
     The bytes never leave the process, so they need no frame: a slot that is read is not reused.
 
-    Other uses of host memory may share the slots: `take` gives them slots, and evicts cached blocks
-    for that. A caller that fills such a slot can `adopt` it: the store then has the block without a
-    copy. `pin` is a hit without one. `give` ends `take`, `share` and `pin`.
+    Other uses of host memory may share the slots: `take` returns slots for them, and evicts cached
+    blocks if needed. A caller that fills such a slot can pass it to `adopt`: the store then has the
+    block without a copy. `pin` is a hit without a copy. `give` ends `take`, `share` and `pin`.
 
     Attributes:
         memory: the slots, uint8 [slots, block_bytes].
@@ -140,7 +140,7 @@ class HostStore:
     def stats(self) -> StoreStats:
         """Return what the store holds, and counts since it was made. O(1).
 
-        Slots that are taken for another use are no part of the capacity.
+        The capacity excludes slots that are taken for another use.
         """
         return self._counters.stats(self._tier.num_ready, self.capacity)
 
@@ -165,13 +165,13 @@ class HostStore:
     def take(self, count: int, *, partly: bool = False) -> list[int]:
         """Return `count` slots for another use; none if there are fewer. O(count log slots).
 
-        With `partly`, returns as many as there are. Evicts cached blocks if needed.
+        With `partly`, returns up to `count`. Evicts cached blocks if needed.
         """
         slots: list[int] = self._evicting(self._tier.take(count, partly=partly)).tolist()
         return slots
 
     def share(self, slots: Iterable[int]) -> None:
-        """Keep slots that are in use until one more `give`. O(slots)."""
+        """Add a use to slots that are in use: each needs one more `give`. O(slots)."""
         self._tier.share(slots)
 
     def give(self, slots: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""Which key is in which slot of a tier: NumPy only, no bytes of blocks.
+"""Maps the keys of a tier to its slots: NumPy only, no bytes of blocks.
 
     free ──reserve──▶ writing ──publish──▶ ready ──reserve, take──▶ evicted for another use
      │ ▲                 │                   │ ▲
@@ -92,7 +92,7 @@ class Reservation(NamedTuple):
     """What `reserve` or `take` did.
 
     Attributes:
-        slots: for each key its slot to write, `KNOWN` or `NO_ROOM`, int32 [n]; of `take` the slots.
+        slots: for each key its slot to write, `KNOWN` or `NO_ROOM`; of `take` the slots. int32 [n].
         evicted: the keys that left, each with its slot, which is one of `slots` now.
     """
 
@@ -159,8 +159,8 @@ class KeyedTier:
         """Take a slot to write for each new key. Evicts if needed. O(keys log slots).
 
         Keys that are offered or being written are `KNOWN`, and count as used. Without room for all
-        new keys none gets a slot; with `partly` the first do. End each slot by `publish` or
-        `abandon`. `depths` are the places of the keys in their prefix, from 0 on unless given.
+        new keys none gets a slot; with `partly` the first do. End each reservation by `publish` or
+        `abandon`. `depths` are the positions of the keys in their prefix; by default 0, 1, ...
         """
         slots: Int32 = np.full(len(keys), KNOWN, np.int32)
         with self._lock:
@@ -232,7 +232,7 @@ class KeyedTier:
     def take(self, count: int, *, partly: bool = False) -> Reservation:
         """Pin slots that have no key, until `unpin` frees them. Evicts if needed. O(n log slots).
 
-        Without room for `count` none is taken; with `partly` as many as there are.
+        Without room for `count`, takes none; with `partly`, takes all that there are.
         """
         with self._lock:
             if count > self.num_available:

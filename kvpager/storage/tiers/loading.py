@@ -37,13 +37,13 @@ class Fetch:
         first: leading blocks of the prompt that were cached when it began, or attached since.
         keys: the content keys of the prompt's full blocks.
         deadline: the time of `time.monotonic()` at which loading ends.
-        num_waiting: how many callers of `begin` share it.
+        num_waiting: the number of callers of `begin` that share it.
         slots: the staging slots of blocks loaded, in order from block `first` on.
         sources: the number of the store that each of them came from.
         is_void: True if its blocks may not be used any more.
-        is_asked_for: True if also blocks are loaded that the model computes sooner.
-        blocks: what is known of the prompt's blocks if the layers form groups. Then `keys` is
-            empty, and the slots hold the blocks `blocks.places`.
+        is_asked_for: True if it loads also blocks that the model computes sooner.
+        blocks: the places of the prompt's blocks if the layers form groups. Then `keys` is empty,
+            and the slots hold the blocks `blocks.places`.
         ticket: its number among the fetches of followers.
         awaited: the followers that have not answered.
         stop: the first block of the prompt that a follower lacks, by its answer.
@@ -73,14 +73,14 @@ class Fetch:
 
     @property
     def name(self) -> bytes:
-        """The key of its next block, by which prompts share it. O(1)."""
+        """The key of the next block. Prompts with the same one share a fetch. O(1)."""
         if self.blocks is not None:
             return self.blocks.name
         return self.keys[self.first] if self.first < len(self.keys) else b""
 
     @property
     def num_missing(self) -> int:
-        """How many blocks the whole prompt lacks. O(blocks)."""
+        """The number of blocks that the whole prompt lacks. O(blocks)."""
         if self.blocks is not None:
             return len(self.blocks.to_load(self.blocks.cached.shape[1]))
         return len(self.keys) - self.first
@@ -139,7 +139,8 @@ class Loader:
     def is_worth(self, num_blocks: int, num_loads: int) -> bool:
         """Return True if a store may load blocks faster than the model computes. O(stores).
 
-        `num_blocks` would be computed. In several groups, there are other numbers to load.
+        The model would compute `num_blocks`; stores would load `num_loads`. They differ if the
+        layers form groups.
         """
         numbers = range(len(self._stores))
         return any(self._is_worth(number, num_blocks, num_loads) for number in numbers)
@@ -223,7 +224,7 @@ class Loader:
         return 0 if self._is_over(fetch) else store.find(wanted)
 
     def _load_groups(self, fetch: Fetch, blocks: GroupBlocks) -> None:
-        """Load the blocks that the longest prefix needs to continue, from whichever stores."""
+        """Load the blocks that the longest prefix needs to continue, from all stores."""
         unusable = [set(self._dropper.drop_surplus(number)) for number in range(len(self._stores))]
         while not self._is_over(fetch) and self._find_groups(fetch, blocks, unusable):
             while not self._is_over(fetch):
@@ -236,9 +237,9 @@ class Loader:
                     self._load_batch(fetch, batch.store, batch.keys)
                 num_loaded = len(fetch.slots) - num_before
                 blocks.add(batch.places[:num_loaded])
-                if num_loaded < len(batch.keys):  # ask no store twice for a block
+                if num_loaded < len(batch.keys):  # never ask a store twice for a block
                     unusable[batch.store].add(batch.keys[num_loaded])
-                    break  # look for another way
+                    break  # look up again: another prefix may continue
 
     def _find_groups(self, fetch: Fetch, blocks: GroupBlocks, unusable: list[set[bytes]]) -> bool:
         """Look up what the stores have. Return True if they add to the prefix."""
@@ -266,7 +267,7 @@ class Loader:
 
     @contextlib.contextmanager
     def _leaving_out(self, number: int, blocks: GroupBlocks) -> Iterator[None]:
-        """Ask a store that raises for nothing more."""
+        """If a store raises, log it and leave the store out."""
         try:
             yield
         except Exception:

@@ -26,7 +26,7 @@ class TierMetrics:
     """
 
     def __init__(self, tiers: HasTieringStats, prefix: str = "kvpager") -> None:
-        """Report `tiers`. Raises: `ValueError` for a prefix that is no name."""
+        """Report `tiers`. Raises: `ValueError` if `prefix` can begin no metric name."""
         self._tiers = tiers
         self._families = Families(prefix)
 

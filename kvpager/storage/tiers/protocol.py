@@ -73,10 +73,10 @@ class BlockStore(Protocol):
     store that fails: each key has an outcome instead. After `close`, `find` returns 0, `load`
     misses and `save` refuses. `kvpager.testing.stores` tests these properties.
 
-    A store that knows which keys it stops to offer reports them in an attribute `losses`, a
-    `kvpager.storage.tiers.losses.Losses`. Others are asked, when a prompt is fetched, whether they
-    still have the block before. One that chooses blocks itself has an attribute `admit`.
-    One that is slow to ask has `find_each(keys)`, which returns a bool for each key.
+    A store that knows which keys it loses reports them in an attribute `losses`, a
+    `kvpager.storage.tiers.losses.Losses`. Without `losses`, a fetch asks the store whether it still
+    has the cached block before the missing ones. A store that chooses blocks itself has an
+    attribute `admit`. One that is slow to ask has `find_each(keys)`, which returns a bool for each.
     One with an attribute `bypassed` is offered nothing while that is True. One whose attribute
     `is_private` is True serves this process only, and ends with it.
     """

@@ -11,8 +11,8 @@ from kvpager.storage.tiers.host import HostStore
 class SlotMemory(Protocol):
     """Slots of one block each; `kvpager.storage.staging.Staging` is one.
 
-    `store` is the store whose slots these are: it has and keeps blocks without a copy. None if the
-    slots serve as a buffer only.
+    `store` owns the slots: it loads and keeps blocks without a copy. None if the slots are only a
+    buffer.
     """
 
     block_bytes: int

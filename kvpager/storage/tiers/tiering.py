@@ -46,11 +46,11 @@ _AHEAD_MIN = 512  # blocks: enough for a long prompt on a small device
 class Tiering:
     """Fetches prompts' blocks from stores, and saves the blocks that leave next.
 
-    `context_of(namespace, lora)` returns what keys cover besides tokens; it must always return the
-    same. Stores are asked in order, the fastest first. `recompute_s(num_blocks)` estimates how long
-    the model takes to compute blocks: a fetch gives up after half of that, and stores that are
-    slower by their own measurements are left out. Without it, a fetch takes at most `max_wait_s`
-    seconds. A step should copy at most `step_bytes_max` bytes.
+    `context_of(namespace, lora)` returns what keys cover besides tokens, always the same.
+    Stores are asked in order, the fastest first. `recompute_s(num_blocks)` estimates how long the
+    model takes to compute blocks: a fetch gives up after half of that, and stores that are slower
+    by their own measurements are left out. Without it, a fetch takes at most `max_wait_s` seconds.
+    A step should copy at most `step_bytes_max` bytes.
 
     `admit` chooses the blocks that stores are offered, see `Admission`. "auto" is "always" for a
     store without a bound, or with at least four times the device's blocks. A store with an
@@ -61,14 +61,14 @@ class Tiering:
 
     Blocks are saved as soon as they are idle, so that a restart and other machines find them. If
     every store is private to this process, only the blocks that leave next are saved: the next
-    eighth of the device, at least 512 blocks. The stores then hold more that the device does not,
-    and are written less.
+    eighth of the device, at least 512 blocks. The stores then hold more blocks that the device
+    does not, and take fewer writes.
 
     One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
 
-    With `num_followers`, other ranks have shards of each block. `followers.take()` returns what
-    they do before the next step, which each passes to its `TierFollower`. A fetch is done when all
-    ranks have staged their shards, and has the blocks that all of them have.
+    With `num_followers`, other ranks have shards of each block. `followers.take()` returns their
+    transfers for the next step; each rank passes them to its `TierFollower`. A fetch is done when
+    all ranks have staged their shards, and has the blocks that all of them have.
 
     Attributes:
         followers: the transfers of other ranks, and their answers.
@@ -146,7 +146,8 @@ class Tiering:
         """Begin to load the blocks of `prompt` that are not cached. O(tokens).
 
         Returns None if all are cached, if 256 fetches are under way, or if every store would take
-        longer than the model. With `wait_s`, loads for so many seconds, whatever the model takes.
+        longer than the model. With `wait_s`, loads for up to `wait_s` seconds, even if computing is
+        faster.
         Two prompts with the same first missing block get the same `Fetch`, which does not load the
         other blocks of the second.
         """
@@ -202,10 +203,10 @@ class Tiering:
     ) -> dict[str, int]:
         """Put loaded blocks of a fetch into the prefix cache, at most `most`. O(bytes).
 
-        The fetch is done, or with `early` it may load others meanwhile: call this again then.
-        `fetch.slots` are those that are left for another call. Returns the number of tokens that
-        it added from each store, by name. If the pool has no room, or cached blocks before them
-        left meanwhile, the fetch is void: it has no blocks left, and adds none.
+        Call it when the fetch is done. With `early`, the fetch may still load: call it again later.
+        `fetch.slots` are the slots left for another call. Returns the number of tokens that
+        it added from each store, by name. If the pool has no room, or earlier blocks of the
+        prompt left meanwhile, the fetch is void: it drops its blocks and adds none.
         """
         is_done = fetch.is_done  # first: blocks that a thread adds later are for the next call
         if not (is_done or early):
@@ -214,7 +215,7 @@ class Tiering:
         if is_done:
             self._staging.give(fetch.cut())
         elif self.followers.count or fetch.blocks is not None:
-            return {}  # what others lack, or which blocks a window needs, shows at the end
+            return {}  # only the end shows what followers lack and which blocks windows need
         num_loaded = len(fetch.slots)
         most = num_loaded if most is None else arguments.count("most", most)
         if not min(most, num_loaded) and (num_loaded or not is_done):
@@ -295,7 +296,7 @@ class Tiering:
             return 0
         blocks, slots = blocks[: self._staging.num_free], list[int]()
         try:
-            # First: what is admitted is remembered, and must be copied then.
+            # Before admission, which remembers its choice: the chosen blocks must be copied.
             with self._held(blocks) as is_held:
                 if not is_held:
                     self.is_clean = True  # floors of namespaces need the blocks: try again later
@@ -322,7 +323,7 @@ class Tiering:
 
     @contextlib.contextmanager
     def _held(self, blocks: Int32) -> Iterator[bool]:
-        """Hold blocks meanwhile. Yields False if floors of namespaces need them."""
+        """Hold blocks in the context. Yields False if floors of namespaces need them."""
         try:
             ticket = self._manager.cached.hold(blocks)
         except ValueError:

@@ -11,7 +11,7 @@ from kvpager.storage.tiers.protocol import BlockStore, StoreStats
 class TierStats(NamedTuple):
     """Counts of one store, and how fast it is by its own transfers, 0 if unknown.
 
-    `bypassed` is True while its circuit breaker is open: it is asked nothing then, but for a probe.
+    `bypassed` is True while its circuit breaker is open: the store then gets only probes.
     """
 
     name: str

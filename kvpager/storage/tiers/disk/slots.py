@@ -104,7 +104,7 @@ class Slots:
                 self._free.append(slot)
 
     def withdraw(self, key: bytes) -> int:
-        """Stop to offer a ready key. Returns its slot, which waits for `free`. O(1)."""
+        """Stop offering a ready key. Returns its slot, which waits for `free`. O(1)."""
         return self._ready.pop(key)
 
     def free(self, slot: int) -> None:

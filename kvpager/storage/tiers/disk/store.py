@@ -349,7 +349,7 @@ class DiskStore:
         return True
 
     def _forget(self, key: bytes) -> None:
-        """Serve a block no more."""
+        """Stop serving a block."""
         self.losses.add([key])
         slot = self._slots.withdraw(key)
         self._stale[slot] = key
@@ -362,7 +362,7 @@ class DiskStore:
                 del self._stale[slot]
                 self._slots.free(slot)
             else:
-                self._stale[slot] = self._stale.pop(slot)  # the last one to try again
+                self._stale[slot] = self._stale.pop(slot)  # to the end: next time, others first
 
     def _erase(self, slot: int) -> bool:
         """Empty the record of a slot. Returns False if that fails."""
