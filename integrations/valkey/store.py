@@ -190,14 +190,17 @@ class ValkeyStore:
         frame = memoryview(bytearray(FRAME_BYTES))
         for part in self._parts(wanted):
             names, into = [PREFIX + key for key, _ in part], [(frame, block) for _, block in part]
+            hashers = [self._framing.hasher(key) for key, _ in part]
+            values = wire.mget(names, into, deadline, [hasher.update for hasher in hashers])
             # The frame is checked before the next value overwrites it.
-            for (key, block), value in zip(part, wire.mget(names, into, deadline), strict=True):
+            for (key, block), hasher, value in zip(part, hashers, values, strict=True):
                 if value is Value.ABSENT:
                     found.append(Loaded.MISS)
-                elif value is Value.WHOLE and self._framing.unframe(frame, key, block) is None:
-                    found.append(Loaded.HIT)
-                else:
+                elif value is Value.OTHER:
                     found.append(Loaded.BAD)
+                else:
+                    fault = self._framing.unframe(frame, key, block, hasher)
+                    found.append(Loaded.HIT if fault is None else Loaded.BAD)
 
     def _save(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import select
 import ssl
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -18,6 +18,9 @@ _LINE_END = b"\r\n"
 _NIL = b"$-1"
 _BUFFER_BYTES = 4096  # small: value bytes that land here are copied once more
 _DIGITS_MAX = 15
+_PIECE_BYTES = 256 << 10  # of a value, shown while they are in a core's cache
+
+_Show = Callable[[memoryview], object]
 
 
 class ServerError(Exception):
@@ -63,18 +66,24 @@ class Wire:
         return [self._integer(deadline) > 0 for _ in keys]
 
     def mget(
-        self, keys: Sequence[bytes], into: Sequence[Sequence[memoryview]], deadline: float
+        self,
+        keys: Sequence[bytes],
+        into: Sequence[Sequence[memoryview]],
+        deadline: float,
+        show: Sequence[_Show] = (),
     ) -> Iterator[Value]:
         """Read the value of each key into its buffers, one after the other. O(bytes).
 
-        Raises: `ProtocolError` after a value that is longer than its buffers.
+        `show` has a function for each key. It is called with each piece of the last buffer as soon
+        as the piece is there. Raises: `ProtocolError` after a value that is longer than its
+        buffers.
         """
         self._ask([_command(b"MGET", *keys)], 1, deadline)
         if self._reply(deadline) != b"*%d" % len(keys):
             raise ProtocolError("a reply with another number of values")
         self._owed = len(keys)
-        for buffers in into:
-            yield from self._value(buffers, deadline)
+        for buffers, each in zip(into, show or [_ignore] * len(into), strict=True):
+            yield from self._value(buffers, deadline, each)
 
     def set_absent(
         self, key: bytes, value: Sequence[bytes | memoryview], ttl_s: int | None, deadline: float
@@ -109,7 +118,9 @@ class Wire:
         self._owed += replies
         self._socket.send(parts, deadline)
 
-    def _value(self, buffers: Sequence[memoryview], deadline: float) -> Iterator[Value]:
+    def _value(
+        self, buffers: Sequence[memoryview], deadline: float, show: _Show
+    ) -> Iterator[Value]:
         line = self._reply(deadline)
         if line == _NIL:
             yield Value.ABSENT
@@ -122,8 +133,11 @@ class Wire:
         if length < expected:
             self._read(memoryview(bytearray(length)), deadline)
         else:
-            for buffer in buffers:
+            for buffer in buffers[:-1]:
                 self._read(buffer, deadline)
+            for piece in _pieces(buffers[-1:]):
+                self._read(piece, deadline)
+                show(piece)
         if self._line(deadline):
             raise ProtocolError("a value without an end")
         yield Value.WHOLE if length == expected else Value.OTHER
@@ -156,6 +170,15 @@ class Wire:
         self._start += buffered
         if buffered < len(into):
             self._socket.fill(into[buffered:], deadline)
+
+
+def _ignore(piece: memoryview) -> None: ...
+
+
+def _pieces(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+    for buffer in buffers:
+        for start in range(0, len(buffer), _PIECE_BYTES):
+            yield buffer[start : start + _PIECE_BYTES]
 
 
 def _command(*words: bytes) -> bytes:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
-from kvpager.storage.tiers.seals import NONCE_BYTES, Digest, Seal
+from kvpager.storage.tiers.seals import NONCE_BYTES, Digest, Hasher, Seal
 
 _MAGIC, _VERSION = b"KVPBLK\x00\x01", 1
 _HEAD = struct.Struct("<8sHHI16s32s12s4x")
@@ -117,19 +117,29 @@ class Framing:
         checked = self._head(key, nonce) + tag
         return Framed(checked + _check(checked), payload)
 
-    def unframe(self, frame: bytes | memoryview, key: bytes, payload: memoryview) -> Fault | None:
+    def hasher(self, key: bytes) -> Hasher:
+        """Return a hasher for a payload of `key` that arrives in pieces. O(1)."""
+        return self.seal.hasher(self._head(key, _NO_NONCE))
+
+    def unframe(
+        self,
+        frame: bytes | memoryview,
+        key: bytes,
+        payload: memoryview,
+        hasher: Hasher | None = None,
+    ) -> Fault | None:
         """Check a frame and turn `payload` into its block, in place. O(bytes).
 
-        Returns None if the block is the one that was saved as `key`. Otherwise the content of
-        `payload` is undefined.
+        A `hasher`, if given, has taken in `payload`. Returns None if the block is the one that was
+        saved as `key`. Otherwise the content of `payload` is undefined.
         """
         frame = bytes(frame[:FRAME_BYTES])
         nonce, tag = frame[_NONCE], frame[_HEAD.size : _CHECKED]
         checked = self._head(key, nonce) + tag
         if frame != checked + _check(checked) or payload.nbytes != self.layout.block_bytes:
             return self._why_refused(frame, key, payload)
-        sealed = self._head(key, _NO_NONCE)
-        return None if self.seal.unseal(sealed, nonce, tag, payload.cast("B")) else Fault.BYTES
+        sealed, payload = self._head(key, _NO_NONCE), payload.cast("B")
+        return None if self.seal.unseal(sealed, nonce, tag, payload, hasher) else Fault.BYTES
 
     def _why_refused(self, frame: bytes, key: bytes, payload: memoryview) -> Fault | None:
         head = read_head(frame)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hmac
 import os
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 NONCE_BYTES, TAG_BYTES = 12, 16
 _NO_NONCE = bytes(NONCE_BYTES)
@@ -27,6 +27,18 @@ class Sealed(NamedTuple):
     nonce: bytes
     tag: bytes
     payload: memoryview
+
+
+class Hasher(Protocol):
+    """Takes in a payload piece by piece, each while it is in the processor's cache."""
+
+    def update(self, piece: memoryview, /) -> object:
+        """Take in the next bytes. O(bytes)."""
+        ...
+
+    def digest(self) -> bytes:
+        """Return the digest of all bytes. O(1)."""
+        ...
 
 
 class Seal(Protocol):
@@ -49,8 +61,22 @@ class Seal(Protocol):
         """Protect `block`, and `head` along with it. O(bytes)."""
         ...
 
-    def unseal(self, head: bytes, nonce: bytes, tag: bytes, payload: memoryview) -> bool:
-        """Return whether `payload` is genuine, and turn it into the block, in place. O(bytes)."""
+    def hasher(self, head: bytes) -> Hasher:
+        """Return a hasher for a payload that arrives in pieces. O(1)."""
+        ...
+
+    def unseal(
+        self,
+        head: bytes,
+        nonce: bytes,
+        tag: bytes,
+        payload: memoryview,
+        hasher: Hasher | None = None,
+    ) -> bool:
+        """Return whether `payload` is genuine, and turn it into the block, in place. O(bytes).
+
+        A `hasher`, if given, comes from `head` and has taken in `payload`.
+        """
         ...
 
 
@@ -62,15 +88,26 @@ class Digest:
 
     def __init__(self) -> None:
         """Load xxhash. Raises: `ModuleNotFoundError` without it."""
-        self._digest = _module("xxhash", "tiers").xxh3_128_digest
+        self._xxh3: Any = _module("xxhash", "tiers").xxh3_128
 
     def seal(self, head: bytes, block: memoryview) -> Sealed:
         """Digest the block; the frame checks `head` by itself."""
-        return Sealed(_NO_NONCE, self._digest(block), block)
+        return Sealed(_NO_NONCE, self._xxh3(block).digest(), block)
 
-    def unseal(self, head: bytes, nonce: bytes, tag: bytes, payload: memoryview) -> bool:
+    def hasher(self, head: bytes) -> Hasher:
+        """Return a hasher without any bytes."""
+        return cast(Hasher, self._xxh3())
+
+    def unseal(
+        self,
+        head: bytes,
+        nonce: bytes,
+        tag: bytes,
+        payload: memoryview,
+        hasher: Hasher | None = None,
+    ) -> bool:
         """Return whether the digest is that of `payload`."""
-        return bool(self._digest(payload) == tag)
+        return (hasher or _fed(self.hasher(head), payload)).digest() == tag
 
 
 class Mac:
@@ -86,16 +123,23 @@ class Mac:
 
     def seal(self, head: bytes, block: memoryview) -> Sealed:
         """Authenticate head and block."""
-        return Sealed(_NO_NONCE, self._tag(head, block), block)
+        return Sealed(_NO_NONCE, _fed(self.hasher(head), block).digest()[:TAG_BYTES], block)
 
-    def unseal(self, head: bytes, nonce: bytes, tag: bytes, payload: memoryview) -> bool:
+    def hasher(self, head: bytes) -> Hasher:
+        """Return a hasher that has taken in `head`."""
+        return cast(Hasher, self._blake3(head, key=self._key))
+
+    def unseal(
+        self,
+        head: bytes,
+        nonce: bytes,
+        tag: bytes,
+        payload: memoryview,
+        hasher: Hasher | None = None,
+    ) -> bool:
         """Return whether the tag is that of `head` and `payload`."""
-        return hmac.compare_digest(self._tag(head, payload), tag)
-
-    def _tag(self, head: bytes, block: memoryview) -> bytes:
-        hasher = self._blake3(head, key=self._key)
-        hasher.update(block)
-        return bytes(hasher.digest(length=TAG_BYTES))
+        hasher = hasher or _fed(self.hasher(head), payload)
+        return hmac.compare_digest(hasher.digest()[:TAG_BYTES], tag)
 
 
 class Encrypted:
@@ -121,13 +165,36 @@ class Encrypted:
         whole = memoryview(sealed)
         return Sealed(nonce, bytes(whole[len(block) :]), whole[: len(block)])
 
-    def unseal(self, head: bytes, nonce: bytes, tag: bytes, payload: memoryview) -> bool:
+    def hasher(self, head: bytes) -> Hasher:
+        """Return a hasher that ignores all bytes: the cipher verifies them."""
+        return _NoHasher()
+
+    def unseal(
+        self,
+        head: bytes,
+        nonce: bytes,
+        tag: bytes,
+        payload: memoryview,
+        hasher: Hasher | None = None,
+    ) -> bool:
         """Decrypt `payload` in place, unless it is not genuine."""
         try:
             self._cipher.decrypt_into(nonce, b"".join((payload, tag)), head, payload)
         except self._invalid:
             return False
         return True
+
+
+class _NoHasher:
+    def update(self, piece: memoryview, /) -> None: ...
+
+    def digest(self) -> bytes:
+        return b""
+
+
+def _fed(hasher: Hasher, payload: memoryview) -> Hasher:
+    hasher.update(payload)
+    return hasher
 
 
 def seal_of(number: int, secret: bytes | None) -> Seal:

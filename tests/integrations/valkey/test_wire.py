@@ -93,6 +93,22 @@ def test_replies_may_come_in_any_pieces(peer: Peer) -> None:
         sender.join()
 
 
+def test_the_last_buffer_is_shown_in_pieces(peer: Peer) -> None:
+    value = bytes(range(256)) * 4096
+    shown: list[bytes] = []
+    into = [(memoryview(bytearray(5)), memoryview(bytearray(len(value) - 5))), (), ()]
+    sender = threading.Thread(
+        target=lambda: peer.says(b"*3\r\n$%d\r\n%b\r\n$-1\r\n$0\r\n\r\n" % (len(value), value))
+    )
+    sender.start()
+    show = [lambda piece: shown.append(bytes(piece))] * 3
+    found = list(peer.wire.mget([*KEYS, b"c"], into, soon(), show))
+    sender.join()
+    assert found == [Value.WHOLE, Value.ABSENT, Value.WHOLE]
+    assert b"".join(shown) == into[0][1] == value[5:]
+    assert len(shown) > 1
+
+
 def test_a_shorter_value_is_skipped(peer: Peer) -> None:
     peer.says(b"*2\r\n$3\r\nshe\r\n$4\r\nfour\r\n")
     assert read(peer.wire) == [(Value.OTHER, b""), (Value.WHOLE, b"four")]

@@ -101,6 +101,31 @@ def test_each_flipped_bit_of_a_block_is_noticed(framing: Framing) -> None:
         assert read(framing, frame, flipped(payload, bit)) is Fault.BYTES
 
 
+def in_pieces(framing: Framing, frame: bytes, payload: bytes, taken_in: bytes) -> Fault | None:
+    hasher = framing.hasher(KEY)
+    for start in range(0, len(taken_in), 10):
+        hasher.update(memoryview(taken_in)[start : start + 10])
+    return framing.unframe(frame, KEY, memoryview(bytearray(payload)), hasher)
+
+
+def test_a_block_in_pieces_is_verified_as_one(framing: Framing) -> None:
+    frame, payload = framed(framing)
+    assert in_pieces(framing, frame, payload, taken_in=payload) is None
+    for bit in range(8 * len(payload)):
+        damaged = flipped(payload, bit)
+        assert in_pieces(framing, frame, damaged, taken_in=damaged) is Fault.BYTES
+    for bit in range(8 * len(frame)):
+        assert in_pieces(framing, flipped(frame, bit), payload, taken_in=payload) is Fault.HEAD
+
+
+@pytest.mark.parametrize("name", ["digest", "mac"])
+def test_pieces_that_are_missing_are_noticed(name: str) -> None:
+    framing = Framing(LAYOUT, SEALS[name]())
+    frame, payload = framed(framing)
+    for length in range(len(payload)):
+        assert in_pieces(framing, frame, payload, taken_in=payload[:length]) is Fault.BYTES
+
+
 def test_a_frame_cut_short_is_noticed(framing: Framing) -> None:
     frame, payload = framed(framing)
     for length in range(len(frame)):
