@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=3000, help="tokens of a prompt")
     parser.add_argument("--steps", type=int, default=128, help="steps of a batch")
     parser.add_argument("--layers", type=int, default=8, help="layers of the model")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the model")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
     parser.add_argument("--folder", type=Path, help="where files are made (default: the system's)")
     args = parser.parse_args()
     about = {"platform": platform.platform(), "python": platform.python_version()}
