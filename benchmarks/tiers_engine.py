@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import tiers_rig
 from benchmarks.tiers_rig import BATCH, NEVER, RawClient, add, batches, keys_of, valkey_server
 from kvpager import Engine
 from kvpager.engine.metrics import StepRecord
@@ -205,8 +207,8 @@ def _turns(
 def _report(answers: Answers, raw_seconds: Seconds, args: argparse.Namespace) -> None:
     assert len({answer.token for each in answers.values() for answer in each}) == 1
     computed = [answer.seconds for answer in answers.pop("computed")]
-    setting = {"tokens": args.prompt, "threads": args.threads}
-    add("first_token_computed", statistics.median(computed) * 1e3, "ms", **setting)
+    add = partial(tiers_rig.add, threads=args.threads)
+    add("first_token_computed", statistics.median(computed) * 1e3, "ms", tokens=args.prompt)
     for name, each in answers.items():
         seconds = [answer.seconds for answer in each]
         cached = min(answer.num_cached for answer in each)
