@@ -14,7 +14,7 @@ from typing import Any
 from kvpager.blocks.manager import BlockManager
 from kvpager.errors import OutOfBlocks
 from kvpager.testing.histories import Operation, Violation
-from kvpager.testing.memory import Content, TokenMemory, misplaced
+from kvpager.testing.memory import Content, HostBorrower, TokenMemory, misplaced
 from kvpager.testing.setups import Setup
 
 _FREED_KEPT = 4
@@ -59,6 +59,8 @@ class ManagerHarness:
         self.size = setup.block_size
         self.check_every = setup.check_every if check_every is None else check_every
         self.memory = TokenMemory(setup.num_blocks, self.size, setup.num_host_blocks)
+        self.borrower = HostBorrower(self.memory)
+        self.is_lending = False  # the manager knows the borrower
         self.rows: list[LiveSequence] = []
         self.pending: list[Any] = []  # plans of the manager not yet applied
         self.pins: list[int] = []
@@ -92,6 +94,9 @@ class ManagerHarness:
         while self.pins:
             self.manager.pins.unpin(self.pins.pop())
         self.rows = []
+        if self.is_lending:
+            self.lend()
+            self._check_lent(self.setup.num_host_blocks)
         stats = self.manager.stats()
         num_blocks = stats.num_blocks - self.num_reserved
         self.require(
@@ -147,7 +152,8 @@ class ManagerHarness:
         try:
             return function(*arguments, **options)
         except OutOfBlocks as error:
-            fits = before is None or error.need <= error.free + error.evictable
+            spare = self.borrower.num_spare if error.tier == "host" else 0
+            fits = before is None or error.need <= error.free + error.evictable + spare
             fits = fits and not (self.setup.quotas or self.setup.null_block or self.setup.fences)
             self.require("served when it fits", not fits, f"{error}; at most {most} are needed")
             after = self.state()
@@ -158,14 +164,14 @@ class ManagerHarness:
             return None
 
     def state(self) -> object:
-        """Return the state that a refused call must keep: all counts, or two in large pools.
+        """Return the state that a refused call must keep: all counts, or three in large pools.
 
         O(1), in small pools O(everything).
         """
-        manager = self.manager
+        manager, num_lent = self.manager, len(self.borrower.blocks)
         if self.check_every == 1:
-            return manager.stats()
-        return manager.num_free_blocks, manager.num_held_blocks
+            return manager.stats(), num_lent
+        return manager.num_free_blocks, manager.num_held_blocks, num_lent
 
     def write(self, row: LiveSequence, first: int, slots: Any) -> None:
         """Write the tokens from `first` on to `slots`. O(tokens)."""
@@ -206,15 +212,30 @@ class ManagerHarness:
             self.manager.copies.complete(work)
 
     def carry_out(self, plan: Any, later: bool = False) -> None:
-        """Make a plan's copies. `later`: with fences, defer those to the host. O(copies)."""
+        """Make a plan's copies. `later`: with fences, defer those to the host. O(copies).
+
+        `later` with fences also lends before the copies: no block that they read or write.
+        """
         ticket = getattr(plan, "ticket", 0)
-        if later and ticket and plan.destination == "host":
-            self.pending.append(plan)
-            return
+        if later and ticket:
+            if self.is_lending:
+                self.lend()
+            if plan.destination == "host":
+                self.pending.append(plan)
+                return
         self.complete_all()
         self.memory.apply(plan)
         if ticket:
             self.manager.copies.complete(plan)
+
+    def lend(self) -> None:
+        """Lend all free host blocks to the borrower. O(host blocks)."""
+        host = self.manager.host
+        if self.is_lending:
+            host.lend()
+        else:
+            host.lend_to(self.borrower)
+            self.is_lending = True
 
     def complete_all(self) -> None:
         """Make and complete the pending copies, in order. O(copies)."""
@@ -249,6 +270,8 @@ class ManagerHarness:
         for row in self.rows:
             self.check_row(row)
         self._check_sharing()
+        if self.is_lending:
+            self._check_lent(self.manager.host.num_lent)
 
     def _check_sharing(self) -> None:
         """Check the counts, and that a shared block has one position and one content."""
@@ -266,3 +289,13 @@ class ManagerHarness:
         block = misplaced((row.content for row in self.rows), tables, self.size)
         message = f"two tables hold block {block} for different tokens"
         self.require("handed out once", block is None, message)
+
+    def _check_lent(self, num_lent: int) -> None:
+        """Check that the borrower has `num_lent` blocks, and that no copy wrote to one."""
+        num_borrowed, num_free = len(self.borrower.blocks), self.manager.stats().num_host_free
+        self.require(
+            "blocks add up",
+            num_borrowed == num_lent <= num_free,
+            f"{num_lent} host blocks lent of {num_free}, but {num_borrowed} borrowed",
+        )
+        self.borrower.check()

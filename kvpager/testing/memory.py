@@ -12,9 +12,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvpager.plans import CopyPlan
+from kvpager.plans import CopyPlan, Int32
+from kvpager.testing.histories import Violation
 
-UNWRITTEN = -9
+UNWRITTEN, BORROWED = -9, -7
 _MULTIPLIER = 6364136223846793005  # Knuth's, for a 64-bit linear congruential step
 _MASK = (1 << 62) - 1
 
@@ -136,6 +137,45 @@ class TokenMemory:
         before = self.tiers["device"][:num_blocks]
         self.tiers["device"] = np.full((num_blocks, self.block_size), UNWRITTEN, np.int64)
         self.tiers["device"][: len(before)] = before
+
+
+class HostBorrower:
+    """A borrower of host blocks: it marks them, and notices when another user writes to one.
+
+    `num_busy`: borrowed blocks that it cannot spare.
+    """
+
+    def __init__(self, memory: TokenMemory) -> None:
+        self.blocks: list[int] = []
+        self.num_busy = 0
+        self._host = memory.tiers["host"]
+
+    @property
+    def num_spare(self) -> int:
+        """Blocks that `give_back` would return. O(1)."""
+        return max(len(self.blocks) - self.num_busy, 0)
+
+    def borrow(self, blocks: Int32) -> None:
+        """Mark these blocks. O(borrowed blocks). Raises `Violation` for a borrowed one."""
+        self.blocks += blocks.tolist()
+        if len(set(self.blocks)) < len(self.blocks):
+            raise Violation("handed out once", f"a block was lent twice: {self.blocks}")
+        self._host[blocks] = BORROWED
+
+    def give_back(self, count: int) -> list[int]:
+        """Return `count` blocks, the first ones first; none if it spares fewer. O(blocks)."""
+        self.check()
+        if count > self.num_spare:
+            return []
+        given, self.blocks = self.blocks[:count], self.blocks[count:]
+        return given
+
+    def check(self) -> None:
+        """Raise `Violation` if another user wrote to a borrowed block. O(blocks * block_size)."""
+        written = (self._host[self.blocks] != BORROWED).any(axis=1)
+        if written.any():
+            block = self.blocks[int(written.argmax())]
+            raise Violation("lent blocks stay unwritten", f"a copy wrote to host block {block}")
 
 
 def misplaced(contents: Iterable[Content], tables: Iterable[list[int]], size: int) -> int | None:

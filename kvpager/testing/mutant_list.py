@@ -43,6 +43,18 @@ _BUGS = {
         "evict and leave the block marked as cached": ("self.cached[index] = False", "pass"),
         "move a block without its ids": ("self.ids[blocks] = ids", "pass"),
         "move a block and keep one reference": ("self.refs[blocks] = holders", "pass"),
+        "lend a block and leave it on the free list": (
+            "self._stack_size, self._num_used_ever = 0, self.num_blocks",
+            "self._num_used_ever = self.num_blocks",
+        ),
+        "count each block that is given back twice": (
+            "self.num_lent -= len(blocks)",
+            "self.num_lent -= 2 * len(blocks)",
+        ),
+        "call back too few blocks, then refuse": (
+            "self.borrower.give_back(count - self.num_free)",
+            "self.borrower.give_back(min(count - self.num_free, self.num_lent))",
+        ),
     },
     "kvpager.blocks.sequences": {
         "accept a freed handle": ("self.generations[first] += 1", "pass"),
@@ -68,6 +80,10 @@ _BUGS = {
         "accept another manager's handle": ("if handle._owner is not self:", "if False:"),
         "accept a sequence twice in a batch": (
             "if len(rows) > 1 and len(np.unique(rows)) != len(rows):",
+            "if False:",
+        ),
+        "refuse a swap for which lent blocks suffice": (
+            "if count > self.host.num_free and self.host.num_lent:",
             "if False:",
         ),
         "use a swapped sequence": ("if self.rows.swapped[row]:", "if False:"),
@@ -169,6 +185,10 @@ _BUGS = {
     },
     "kvpager.blocks.fences": {
         "release a block with an unfinished copy": ('self._device.hold(kept["device"])', "pass"),
+        "lend a host block that a copy still reads": (
+            "in enumerate((source, destination)):",
+            'in list(enumerate((source, destination)))[source == "host" :]:',
+        ),
         "never release the host side of a copy": ("self._host.unhold(host)", "pass"),
     },
     "kvpager.blocks.accounts": {

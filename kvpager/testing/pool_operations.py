@@ -1,4 +1,4 @@
-"""The simulator's operations on blocks: tiers, pool size, pins, quotas; and invalid calls."""
+"""The simulator's operations on blocks: tiers, loans, pool size, pins, quotas; invalid calls."""
 
 from __future__ import annotations
 
@@ -70,6 +70,13 @@ def preempt(harness: ManagerHarness, need: int) -> None:
         harness.forget(row)
     freed = held - harness.manager.num_held_blocks
     harness.require("victims free enough", freed >= need, f"{freed} of {need} blocks")
+
+
+@operation(POOL_OPERATIONS, 0.5, needs=("host",), number=Number())
+def lend(harness: ManagerHarness, number: int) -> None:
+    """Lend the free host blocks to a borrower, which cannot spare some of them."""
+    harness.lend()
+    harness.borrower.num_busy = number % (len(harness.borrower.blocks) + 1)
 
 
 # -------------------------------------------------------------------- pool size, cache

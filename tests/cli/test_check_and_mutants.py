@@ -46,7 +46,7 @@ def test_mutants_shows_what_killed_each() -> None:
     result = call("mutants", "--only", "kvpager.blocks.fences", "--processes", "2")
     assert result.exit_code == 0
     assert "release a block with an unfinished copy" in result.output
-    assert "2 of 2 killed" in result.output
+    assert "3 of 3 killed" in result.output
 
 
 def test_mutants_of_no_such_name_are_refused() -> None:

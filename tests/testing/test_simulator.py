@@ -16,9 +16,9 @@ from hypothesis.stateful import run_state_machine_as_test
 import kvpager
 from kvpager.blocks.manager import BlockManager
 from kvpager.plans import AppendPlan
-from kvpager.testing.histories import Failure, replay, shrink, simpler
+from kvpager.testing.histories import Failure, Violation, replay, shrink, simpler
 from kvpager.testing.manager_harness import ManagerHarness
-from kvpager.testing.memory import Content, TokenMemory
+from kvpager.testing.memory import Content, HostBorrower, TokenMemory
 from kvpager.testing.mutant_list import MUTANTS
 from kvpager.testing.mutants import Mutant, kill, mutated_source, table
 from kvpager.testing.setups import Setup, make_block_manager
@@ -66,6 +66,22 @@ def test_memory_reads_back_written_and_copied_tokens() -> None:
     memory.copy([(0, 2)], "host", "device")
     assert memory.mismatch([2, 1], values) is None
     assert memory.mismatch([-1, 1], values, start=2) is None
+
+
+def test_a_borrower_notices_writes_to_its_blocks() -> None:
+    memory = TokenMemory(1, 2, 3)
+    borrower = HostBorrower(memory)
+    borrower.borrow(np.array([0, 2], np.int32))
+    borrower.num_busy = 1
+    assert borrower.give_back(2) == []
+    assert borrower.give_back(1) == [0]
+    memory.copy([(0, 0), (0, 1)], "device", "host")
+    borrower.check()
+    memory.copy([(0, 2)], "device", "host")
+    with pytest.raises(Violation, match="a copy wrote to host block 2"):
+        borrower.check()
+    with pytest.raises(Violation, match="lent twice"):
+        borrower.borrow(np.array([2], np.int32))
 
 
 # ------------------------------------------------------------------ the simulator
