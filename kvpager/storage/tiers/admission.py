@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, get_args
 
 from kvpager import _validate as arguments
@@ -56,16 +56,24 @@ class Admission:
         self._refused: OrderedDict[bytes, None] = OrderedDict()
 
     def admits(self, key: bytes, *, has_room: bool) -> bool:
-        """Return True if the store is to take `key` now. O(1)."""
-        if self._admit == "always" or (self._admit == "auto" and has_room):
-            return True
-        if key in self._refused:
-            del self._refused[key]
-            return True
+        """Return True if the store is to take `key` now, and remember the answer. O(1)."""
+        is_taken = self.would_admit(key, has_room=has_room)
+        self.note(key, is_taken=is_taken)
+        return is_taken
+
+    def would_admit(self, key: bytes, *, has_room: bool) -> bool:
+        """Return what `admits` would, and remember nothing. O(1)."""
+        is_free = self._admit == "always" or (self._admit == "auto" and has_room)
+        return is_free or key in self._refused
+
+    def note(self, key: bytes, *, is_taken: bool) -> None:
+        """Remember a key that was refused; forget one that the store is offered. O(1)."""
+        if is_taken:
+            self._refused.pop(key, None)
+            return
         self._refused[key] = None
         if len(self._refused) > self._remembered:
             self._refused.popitem(last=False)
-        return False
 
 
 class Admissions:
@@ -86,19 +94,35 @@ class Admissions:
         self._rules = [(store, admission(store, admit, num_device_blocks)) for store in stores]
 
     def wanted(self, keys: Collection[bytes]) -> list[list[int]]:
-        """Return the numbers of the stores that each block is offered. O(keys * stores)."""
+        """Return the numbers of the stores that each block is to be offered. O(keys * stores).
+
+        Call `note` for the blocks that were copied or refused, not for those without a slot.
+        """
         offered = [
             (number, rule, rule is None or self._has_room(store, len(keys)))
-            for number, (store, rule) in enumerate(self._rules)
-            if not getattr(store, "bypassed", False)
+            for number, store, rule in self._asked()
         ]
         return [
             [
                 number
                 for number, rule, has_room in offered
-                if rule is None or rule.admits(key, has_room=has_room)
+                if rule is None or rule.would_admit(key, has_room=has_room)
             ]
             for key in keys
+        ]
+
+    def note(self, keys: Iterable[bytes], wanted: Iterable[Sequence[int]]) -> None:
+        """Remember what `wanted` returned for these blocks. O(keys * stores)."""
+        rules = [(number, rule) for number, _, rule in self._asked() if rule is not None]
+        for key, stores in zip(keys, wanted, strict=False):
+            for number, rule in rules:
+                rule.note(key, is_taken=number in stores)
+
+    def _asked(self) -> list[tuple[int, BlockStore, Admission | None]]:
+        return [
+            (number, store, rule)
+            for number, (store, rule) in enumerate(self._rules)
+            if not getattr(store, "bypassed", False)
         ]
 
     def _has_room(self, store: BlockStore, num_blocks: int) -> bool:

@@ -296,7 +296,6 @@ class Tiering:
             return 0
         blocks, slots = blocks[: self._staging.num_free], list[int]()
         try:
-            # Before admission, which remembers its choice: the chosen blocks must be copied.
             with self._held(blocks) as is_held:
                 if not is_held:
                     self.is_clean = True  # floors of namespaces need the blocks: try again later
@@ -311,6 +310,8 @@ class Tiering:
                 if chosen:
                     self._staging.read(blocks[chosen].tolist(), slots)
                 cached.mark_offered(blocks)
+                # Not blocks without a slot: their next offer is the same one.
+                self._admissions.note(keys[: len(blocks)], wanted)
                 used, slots = slots, []
         finally:
             self._staging.give(slots)

@@ -45,6 +45,28 @@ def test_an_offer_that_could_not_be_copied_does_not_count() -> None:
     node.end()
 
 
+def test_a_block_without_a_slot_keeps_its_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(admit="second")
+    (store,) = node.stores
+    take = node.staging.take
+
+    def clean_with(num_slots: int) -> int:
+        """Save blocks while a thread takes all slots but some."""
+        with monkeypatch.context() as patch:
+            patch.setattr(node.staging, "take", lambda count: take(min(count, num_slots)))
+            return node.tiering.clean()
+
+    node.compute(prompt(1))
+    assert node.clean() == 0
+    node.compute(prompt(1))
+    node.compute(prompt(2))
+    assert clean_with(0) == 0
+    assert clean_with(2) == 2
+    assert node.clean() == 3
+    assert len(store.blocks) == 5  # not those of the second prompt, which were used once
+    node.end()
+
+
 def test_a_small_store_that_is_full_takes_blocks_used_twice() -> None:
     node = Node([store_of(5)])
     node.compute(prompt(1))
