@@ -39,7 +39,8 @@ class Upcoming:
         """Return the first `count` wanted blocks, by rank, int32 [n]. O(blocks looked at).
 
         A block that is not wanted is looked at once. All are ranked after each `ahead` / 4 blocks
-        that left or were used again, in O(blocks). `wanted` may be True for idle blocks only.
+        that left, were used again or pinned, in O(blocks). `wanted` may be True for idle blocks
+        only.
         """
         self._follow(ahead, wanted)
         found, at, end = NO_BLOCKS, self._seen, self._end()
@@ -91,7 +92,7 @@ class Upcoming:
         return self._ahead - self._state.pool.num_free + num_left
 
     def _count_left(self) -> int:
-        """Return how many idle blocks were evicted or used again, ever."""
+        """Return how many idle blocks were evicted, used again or pinned, ever."""
         return self._state.totals["total_evicted"] + self._state.pool.num_revived
 
     def _end(self) -> int:

@@ -1,0 +1,57 @@
+"""The idle blocks that leave next, against a ranking of all blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvpager import BlockManager, OutOfBlocks
+from kvpager.blocks.pool import OFFERED, STORES
+from tests.blocks.test_cached import SIZE, keying
+
+
+@pytest.mark.parametrize("eviction", ["lru", "priority", "lifetime"])
+@pytest.mark.parametrize("seed", range(6))
+def test_holds_hide_no_block_that_leaves_soon(seed: int, eviction: str) -> None:
+    chance, maker = random.Random(seed), keying()
+    manager = BlockManager(48, SIZE, eviction=eviction)
+    ahead = chance.randrange(4, 32)
+    fronts = [[chance.randrange(99) for _ in range(50)] for _ in range(5)]
+    held, tickets = list[Any](), list[int]()
+    for _ in range(400):
+        action, blocks = chance.random(), np.flatnonzero(manager._state.pool.cached)
+        some = np.array(chance.sample(blocks.tolist(), min(len(blocks), 4)), np.int32)
+        if action < 0.4 and len(held) < 3:
+            front = chance.choice(fronts)[: chance.randrange(1, 40)]
+            with contextlib.suppress(OutOfBlocks):
+                held.append(manager.allocate([*front, chance.randrange(9)]))
+                manager.commit(held[-1])
+        elif action < 0.6 and held:
+            manager.free(held.pop(chance.randrange(len(held))))
+        elif action < 0.7 and len(tickets) < 4:
+            tickets.append(manager.cached.hold(some))
+        elif action < 0.78 and tickets:
+            manager.cached.release(tickets.pop(), keep_rank=chance.random() < 0.5)
+        elif action < 0.82:
+            manager.cached.mark_dirty(manager.cached.keys(some, maker), 0)
+        else:
+            found = manager.cached.leaving(chance.choice([2, 64]), ahead)
+            soon = _leaving_soon(manager, ahead)
+            assert len(found) == 2 or soon <= set(found.tolist())
+            manager.cached.mark_clean(manager.cached.keys(found, maker), 0)
+
+
+def _leaving_soon(manager: BlockManager, ahead: int) -> set[int]:
+    """Rank all idle blocks, and return those to offer that leave soon."""
+    pool = manager._state.pool
+    idle = np.flatnonzero(pool.cached & (pool.refs == 0) & (pool.holds == 0))
+    count = min(ahead - pool.num_free, len(idle))
+    if count <= 0:
+        return set()
+    ranks = manager._state.evictor.policy.rank(idle)
+    near = idle[ranks <= np.sort(ranks)[count - 1]]
+    return set(near[pool.marks[near] & (STORES | OFFERED) == 0].tolist())
