@@ -58,7 +58,8 @@ class Staging:
     def within(cls, storage: BlockStorage, store: HostStore) -> Staging:
         """Return the slots of `store`, all of which are taken. O(1).
 
-        `borrow` says which ones to use. Blocks on their way take at most half of these.
+        `borrow` says which ones to use. `take` hands out at most half of these; hits that the store
+        pins do not count.
         """
         staging = cls.__new__(cls)
         memory = torch.from_numpy(store.memory).view(storage.tier().dtype)
