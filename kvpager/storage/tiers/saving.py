@@ -62,14 +62,22 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "kvpager-save")
         followed = [getattr(store, "losses", None) for store in self._stores]
         self._lost = [None if losses is None else losses.follow() for losses in followed]
+        self._noting = Future[int]()  # done when losses without a save are noted
+        self._noting.set_result(0)
 
     @property
     def has_news(self) -> bool:
-        """True if `take_news` returns something. O(1)."""
-        return bool(self._dropper.news)
+        """True if `take_news` returns something, or stores lost keys. O(stores)."""
+        return bool(self._dropper.news) or any(self._lost)
 
     def take_news(self) -> list[News]:
-        """Return what became of keys since the last call, in order. O(calls of stores)."""
+        """Return what became of keys since the last call, in order. O(calls of stores).
+
+        Keys that stores lost without a save are news soon, after the saves before.
+        """
+        if any(self._lost) and self._noting.done():
+            self._noting = self._later(self._note_all_losses)
+            self._noting.add_done_callback(lambda _: self._on_end())
         news = self._dropper.news
         return [news.popleft() for _ in range(len(news))]
 
@@ -145,6 +153,14 @@ class Saver:
         kept = np.flatnonzero(np.isin(outcomes, _KEPT)).tolist()
         self._dropper.tell(number, [keys[index] for index in kept], is_kept=True)
         self._note_losses(number)
+
+    def _note_all_losses(self) -> int:
+        for number, store in enumerate(self._stores):
+            try:
+                self._note_losses(number)
+            except Exception:
+                logger.exception("the store %s failed to look up what it lost", store.name)
+        return len(self._stores)
 
     def _note_losses(self, number: int) -> None:
         """Note what a store lost, unless it was saved again. A save may push out its own blocks."""

@@ -149,6 +149,24 @@ def test_a_swap_takes_the_blocks_of_the_oldest_cached_prompt() -> None:
     process.check(4)
 
 
+def test_blocks_that_a_swap_pushed_out_are_offered_again() -> None:
+    process = Process(16, 8)
+    evicted(process, 0, 1)
+    assert not process.tiering.has_dirty()
+    sequences = [process.compute(prompt(number)) for number in (2, 3)]
+    assert all(process.swap(sequence, "host") for sequence in sequences)
+    assert process.store.stats().num_blocks == 0
+    assert process.tiering.has_news
+    for sequence in sequences:
+        assert process.swap(sequence, "device")
+    for _ in range(4):
+        process.save()
+    assert process.store.stats().num_blocks == 6
+    assert not process.tiering.has_dirty()
+    assert not process.tiering.has_news
+    process.close()
+
+
 def test_a_swap_leaves_the_slots_of_a_fetch_alone() -> None:
     process = Process(4, 4)
     evicted(process, 0, 1)
