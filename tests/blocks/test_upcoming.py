@@ -11,7 +11,20 @@ import pytest
 
 from kvpager import BlockManager, OutOfBlocks
 from kvpager.blocks.pool import OFFERED, STORES
-from tests.blocks.test_cached import SIZE, keying
+from tests.blocks.test_cached import SIZE, cached, keying
+
+
+def test_blocks_that_are_used_again_leave_later() -> None:
+    manager = BlockManager(66, SIZE)
+    for seed in range(16):
+        cached(manager, [seed] * 16)
+    first = manager.cached.leaving(64, 6)
+    assert len(first) == 4
+    assert set(first.tolist()) < set(manager.cached.leaving(64, 18).tolist())
+    cached(manager, [*[0] * 16, 1])
+    later = manager.cached.leaving(64, 18)
+    assert len(later) == 16
+    assert not set(first.tolist()) & set(later.tolist())
 
 
 @pytest.mark.parametrize("eviction", ["lru", "priority", "lifetime"])

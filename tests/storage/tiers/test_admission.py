@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvpager.storage.tiers.admission import Admission
+from kvpager.storage.tiers.admission import Admission, Admissions
 from tests.support.dict_store import DictStore
 from tests.support.tier_node import Node, prompt
 
@@ -127,3 +127,10 @@ def test_refused_keys_are_remembered_for_a_while() -> None:
     assert not any(admission.admits(key, has_room=False) for key in keys)
     assert admission.admits(keys[8], has_room=False)
     assert not admission.admits(keys[0], has_room=False)  # forgotten after eight other keys
+
+
+def test_blocks_that_pass_through_a_store_need_room_there() -> None:
+    shared, below = store_of(3), store_of(3)
+    admissions = Admissions([shared, below], "auto", 3, shared)
+    assert admissions.wanted([b"a", b"b", b"c"]) == [[1]] * 3
+    assert admissions.wanted([b"d", b"e"]) == [[0, 1]] * 2

@@ -96,7 +96,11 @@ class Process:
         self.store._tier.check()
         stats = self.manager.stats()
         assert stats.num_host_blocks - stats.num_host_free == num_swapped
-        assert self.store.capacity <= self.manager.host.num_lent
+        num_lent, num_free = self.manager.host.num_lent, self.store.num_available
+        num_under_way = num_lent - self.store.capacity
+        assert num_under_way >= 0
+        room = min(max(num_lent // 2, 1) - num_under_way, num_free)
+        assert self.staging.num_free == max(room, 0)
 
     def close(self) -> None:
         self.tiering.close()
@@ -145,6 +149,7 @@ def test_a_swap_takes_the_blocks_of_the_oldest_cached_prompt() -> None:
     assert process.swap(sequence, "host")  # 4 blocks, and 2 are free
     assert process.store.stats().num_blocks == 4
     assert (process.store.stats().evicted, process.store.stats().capacity) == (2, 4)
+    assert process.staging.num_free == 2  # half of them
     process.check_bytes(sequence, prompt(2)[:12])
     process.check(4)
 
