@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from typing import Unpack
 
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
+from kvpager._atomic import Uninterrupted, new_lock, whole
 from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import KeyParts
@@ -64,7 +65,8 @@ class Tiering:
     eighth of the device, at least 512 blocks. The stores then hold more blocks that the device
     does not, and take fewer writes.
 
-    One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`.
+    One thread, between steps, calls `begin`, `attach`, `cancel` and `clean`. Signals wait for the
+    end of such a call. Ctrl-C in `begin` cancels the fetch that it began.
 
     With `num_followers`, other ranks have shards of each block. `followers.take()` returns their
     transfers for the next step; each rank passes them to its `TierFollower`. A fetch is done when
@@ -97,6 +99,8 @@ class Tiering:
                 f"num_followers={num_followers}: expected 0 for groups of layers with a window. "
                 "Leave tiers out."
             )
+        self.lock = new_lock()
+        self.uninterrupted = Uninterrupted(self.lock)
         self.stores = tuple(stores)
         self._manager = manager
         self._staging = staging
@@ -152,7 +156,15 @@ class Tiering:
         other blocks of the second.
         """
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": list(mm_hashes)}
-        return self._begin(prompt, identity, wait_s)
+        fetch = None
+        try:
+            with self.lock, self.uninterrupted:
+                fetch = self._begin(prompt, identity, wait_s)
+        except BaseException:
+            if fetch is not None:  # an interrupt at the end: the caller does not get it
+                self.cancel(fetch)
+            raise
+        return fetch
 
     def _wait_s(self, num_blocks: int, num_loads: int) -> float | None:
         """Return how long to wait for blocks; None if they are computed sooner."""
@@ -198,6 +210,7 @@ class Tiering:
         """True if a block can be saved now. O(1)."""
         return self._staging.num_free > 0
 
+    @whole
     def attach(
         self, fetch: Fetch, most: int | None = None, *, early: bool = False
     ) -> dict[str, int]:
@@ -245,6 +258,7 @@ class Tiering:
             self._manager.cached.mark_clean(keys, number)
         return attached.num_tokens(self.stores, self._manager.block_size)
 
+    @whole
     def cancel(self, fetch: Fetch) -> None:
         """Stop waiting for a fetch. If no other caller waits, its slots become free. O(slots)."""
         fetch.num_waiting -= 1
@@ -282,6 +296,7 @@ class Tiering:
         self._num_evicted = self._manager.queries.num_evicted_blocks
         return cached.leaving(count, self._ahead)
 
+    @whole
     def clean(self, count: int = 64) -> int:
         """Offer the next blocks to be evicted, at most `count`, to the stores.
 
@@ -296,44 +311,33 @@ class Tiering:
             return 0
         blocks, slots = blocks[: self._staging.num_free], list[int]()
         try:
-            with self._held(blocks) as is_held:
-                if not is_held:
-                    self.is_clean = True  # floors of namespaces need the blocks: try again later
-                    return 0
-                keys = cached.keys(blocks, self._keying)
-                wanted = self._admissions.wanted(keys)
-                chosen = [number for number, stores in enumerate(wanted) if stores]
-                slots = self._staging.take(len(chosen))
-                if len(slots) < len(chosen):  # a thread took some meanwhile
-                    blocks, chosen = blocks[: chosen[len(slots)]], chosen[: len(slots)]
-                namespaces = cached.namespaces(blocks[chosen])
-                if chosen:
-                    self._staging.read(blocks[chosen].tolist(), slots)
-                cached.mark_offered(blocks)
-                # Not blocks without a slot: their next offer is the same one.
-                self._admissions.note(keys[: len(blocks)], wanted)
-                used, slots = slots, []
+            ticket = cached.hold(blocks)
+        except ValueError:  # floors of namespaces need the blocks: try again later
+            self.is_clean = True
+            return 0
+        try:
+            keys = cached.keys(blocks, self._keying)
+            wanted = self._admissions.wanted(keys)
+            chosen = [number for number, stores in enumerate(wanted) if stores]
+            slots = self._staging.take(len(chosen))
+            if len(slots) < len(chosen):  # a thread took some meanwhile
+                blocks, chosen = blocks[: chosen[len(slots)]], chosen[: len(slots)]
+            namespaces = cached.namespaces(blocks[chosen])
+            if chosen:
+                self._staging.read(blocks[chosen].tolist(), slots)
+            cached.mark_offered(blocks)
+            # Not blocks without a slot: their next offer is the same one.
+            self._admissions.note(keys[: len(blocks)], wanted)
+            used, slots = slots, []
         finally:
             self._staging.give(slots)
+            cached.release(ticket, keep_rank=True)
         if chosen:
             parts = zip(chosen, namespaces, used, strict=True)
             staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
             self.followers.save(blocks[chosen], staged)  # before stores may drop some again
             self._saver.submit(staged)
         return len(chosen)
-
-    @contextlib.contextmanager
-    def _held(self, blocks: Int32) -> Iterator[bool]:
-        """Hold blocks in the context. Yields False if floors of namespaces need them."""
-        try:
-            ticket = self._manager.cached.hold(blocks)
-        except ValueError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            self._manager.cached.release(ticket, keep_rank=True)
 
     # ---------------------------------------------------------------- for callers
 
