@@ -32,7 +32,7 @@ _LAST_SAVES_S = 5.0
 
 
 class _Held(NamedTuple):
-    """A request that waits for a fetch.
+    """A request that waits for a fetch until `deadline`, which may be before the fetch's own.
 
     In groups of layers a fetch loads the windows of one prompt only. `rest` is the prompt of
     another request that shares it, and begins a fetch of its own afterwards.
@@ -40,6 +40,7 @@ class _Held(NamedTuple):
 
     request_id: Hashable
     fetch: Fetch
+    deadline: float
     rest: ArrayLike | None = None
 
 
@@ -97,7 +98,7 @@ class Fetching:
         is_shared = fetch.blocks is not None and fetch.num_waiting > 1
         try:
             rest = request.prompt if is_shared else None
-            self._held.append(_Held(request.request_id, fetch, rest))
+            self._held.append(_Held(request.request_id, fetch, fetch.wait_until, rest))
             self._scheduler.hold(request.request_id)
         except BaseException:
             self._held = [held for held in self._held if held.fetch is not fetch]
@@ -212,7 +213,7 @@ class Fetching:
         """End fetches that are done or late. Copies up to `room` blocks; returns the rest."""
         now, waiting = time.monotonic(), list[_Held]()
         for held in list(self._held):
-            request_id, fetch, _ = held
+            request_id, fetch = held.request_id, held.fetch
             if not self._scheduler.is_held(request_id):  # it was cancelled
                 self._tiering.cancel(fetch)
                 continue
@@ -222,7 +223,7 @@ class Fetching:
             if fetch.slots and not room:
                 self._wake()  # the next step copies more
             is_waiting = bool(fetch.slots) or not is_done
-            if not is_done and now >= fetch.deadline + GRACE_S:
+            if not is_done and now >= held.deadline + GRACE_S:
                 self._tiering.cancel(fetch)
                 is_waiting = False
             if is_waiting:
@@ -236,12 +237,12 @@ class Fetching:
 
     def _begin_rest(self, held: _Held) -> _Held | None:
         """Begin to fetch what the prompt of another request did not need, unless it was late."""
-        if held.rest is None or time.monotonic() >= held.fetch.deadline:
+        if held.rest is None or time.monotonic() >= held.deadline:
             return None
         fetch = self._begin(held.request_id, held.rest)
         if fetch is None:
             return None
-        more = _Held(held.request_id, fetch)
+        more = _Held(held.request_id, fetch, fetch.wait_until)
         self._held.append(more)  # so that it is cancelled after a failure
         return more
 
@@ -274,10 +275,10 @@ class Fetching:
     def _turn_off(self) -> None:
         self._is_on = self._may_be_dirty = False
         held, self._held = self._held, []
-        for request_id, fetch, _ in held:
-            self._tiering.cancel(fetch)
-            if self._scheduler.is_held(request_id):
-                self._scheduler.release(request_id)
+        for each in held:
+            self._tiering.cancel(each.fetch)
+            if self._scheduler.is_held(each.request_id):
+                self._scheduler.release(each.request_id)
         if self._saves is not None:
             self._saves.give_up()
         self._warming.give_up()

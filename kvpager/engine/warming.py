@@ -18,6 +18,7 @@ GRACE_S = 0.05  # for a store to return from a load after the deadline
 @dataclass(eq=False)
 class _Warmed:
     fetch: Fetch
+    deadline: float
     num_tokens: int  # attached so far
     work: Future[int]  # the caller waits for it
 
@@ -47,7 +48,7 @@ class Warming:
         if fetch is None:
             work.set_result(0)
             return work
-        self._waiting.append(_Warmed(fetch, 0, work))
+        self._waiting.append(_Warmed(fetch, fetch.wait_until, 0, work))
         self._wake()
         return work
 
@@ -63,7 +64,7 @@ class Warming:
                 if fetch.slots:
                     self._wake()  # the next step copies more
                     continue
-            elif now < fetch.deadline + GRACE_S:
+            elif now < each.deadline + GRACE_S:
                 continue
             else:
                 self._tiering.cancel(fetch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,6 +48,26 @@ def test_a_late_prompt_is_given_up() -> None:
         slow.gate.clear()
         assert tiers_of(engine).warm([PROMPT], wait_s=0.0) == 0
         slow.gate.set()
+        engine.saved()
+        engine.check_idle()
+
+
+def test_a_request_does_not_wait_for_the_deadline_of_a_warmed_prompt() -> None:
+    slow = store_with_the_prompt()
+    with TieredEngine([slow], max_wait_s=0.0) as engine:
+        slow.gate.clear()
+        tiers = tiers_of(engine)
+        with ThreadPoolExecutor(1) as caller:
+            warmed = caller.submit(tiers.warm, [PROMPT], wait_s=600.0)
+            while not tiers.stats().num_fetching:
+                pass
+            try:
+                prompt = [*PROMPT[:6], 99]  # it lacks the same first block
+                assert engine.ask(prompt).result(60).token_ids == expected(prompt, 8)
+                assert not warmed.done()
+            finally:
+                slow.gate.set()
+            assert warmed.result(60) == 32  # the request computed the first block
         engine.saved()
         engine.check_idle()
 

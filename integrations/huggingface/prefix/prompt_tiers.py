@@ -137,8 +137,9 @@ class PromptTiers:
                 if self._is_on and not self._model.made(key.version):
                     self.turn_off("the model changed")
                 self._begin(rows, key, wait_s, fetches)
-            for fetch in fetches:
-                wait([fetch.work], max(fetch.deadline + _GRACE_S - time.monotonic(), 0))
+                # Before others join: the deadline is that of this call.
+                ends = max((fetch.wait_until for fetch in fetches), default=0.0) + _GRACE_S
+            wait([fetch.work for fetch in fetches], max(ends - time.monotonic(), 0))
         finally:
             if fetches:
                 with self._lock, self._uninterrupted:

@@ -38,6 +38,7 @@ class Fetch:
         keys: the content keys of the prompt's full blocks.
         deadline: the time of `time.monotonic()` at which loading ends.
         num_waiting: the number of callers of `begin` that share it.
+        wait_until: the time until which the last of them should wait, at most `deadline`.
         slots: the staging slots of blocks loaded, in order from block `first` on.
         sources: the number of the store that each of them came from.
         is_void: True if its blocks may not be used any more.
@@ -55,6 +56,7 @@ class Fetch:
     keys: list[bytes]
     deadline: float = 0.0
     num_waiting: int = 0
+    wait_until: float = 0.0
     slots: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     is_void: bool = False

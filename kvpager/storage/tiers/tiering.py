@@ -153,7 +153,8 @@ class Tiering:
         longer than the model. With `wait_s`, loads for up to `wait_s` seconds, even if computing is
         faster.
         Two prompts with the same first missing block get the same `Fetch`, which does not load the
-        other blocks of the second.
+        other blocks of the second. Each caller waits until its own `fetch.wait_until`, read before
+        the next call of `begin`, and then calls `cancel`.
         """
         identity: KeyParts = {"namespace": namespace, "lora": lora, "mm_hashes": list(mm_hashes)}
         fetch = None
@@ -189,11 +190,13 @@ class Tiering:
             if len(self._live) >= _FETCHES_MAX or not self._is_open:
                 return None
             new.is_asked_for = wait_s is not None
-            if wait_s is None:
-                wait_s = self._wait_s(num_blocks - first, new.num_missing)
-            if wait_s is None:
-                return None
-            fetch, new.deadline = new, time.monotonic() + wait_s
+        if wait_s is None:
+            wait_s = self._wait_s(num_blocks - first, new.num_missing)
+        if wait_s is None:
+            return None
+        wait_until = time.monotonic() + wait_s
+        if fetch is None:
+            fetch, new.deadline = new, wait_until
             self._live.add(fetch)  # first: an interrupt loses no slots
             self._fetching[fetch.name] = fetch
             try:
@@ -203,6 +206,7 @@ class Tiering:
                 self.cancel(fetch)
                 raise
         fetch.num_waiting += 1
+        fetch.wait_until = min(wait_until, fetch.deadline)
         return fetch
 
     @property

@@ -10,6 +10,7 @@ import pytest
 
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.protocol import Outcomes
+from tests.support.clock import Clock
 from tests.support.dict_store import DictStore
 from tests.support.tier_node import SIZE, Node, finished, prompt
 
@@ -233,6 +234,34 @@ def test_a_fetch_may_take_half_of_what_computing_takes(monkeypatch: pytest.Monke
     assert short is not None
     assert long is not None
     assert (short.deadline, long.deadline) == (100.2, 100.3)
+    node.end()
+
+
+def test_each_caller_waits_for_a_shared_fetch_as_its_own_prompt_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = Node(recompute_s=lambda num_blocks: 0.2 * num_blocks, max_wait_s=0.3)
+    clock = Clock(100.0)
+    monkeypatch.setattr("kvpager.storage.tiers.tiering.time.monotonic", clock)
+    fetches, ends = set[Fetch](), []
+    for length, wait_s in (41, 60.0), (9, None), (41, None), (41, 90.0):
+        fetch = node.tiering.begin(prompt(1, length), wait_s=wait_s)
+        assert fetch is not None
+        fetches.add(fetch)
+        ends.append(fetch.wait_until)
+    assert ends == [160.0, 100.2, 100.3, 160.0]
+    assert len(fetches) == 1
+    node.end()
+
+
+def test_a_fetch_is_not_joined_by_a_prompt_that_is_computed_sooner() -> None:
+    node = Node(recompute_s=lambda _: 0.0)
+    fetch = node.tiering.begin(prompt(1), wait_s=60.0)
+    assert fetch is not None
+    finished(fetch)
+    assert node.tiering.begin(prompt(1)) is None
+    assert node.tiering.stats().total_declined == 1
+    node.tiering.cancel(fetch)
     node.end()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -296,6 +297,25 @@ def test_a_late_prompt_is_computed(model: Any, disk: str) -> None:
         assert ids(model, one()) == expected
         assert patch.stats().prefix_hit_tokens == 0
         release.set()
+
+
+def test_a_call_does_not_wait_for_the_deadline_of_a_warmed_prompt(model: Any, disk: str) -> None:
+    expected = ids(model, one())
+    saved_by(model, disk, one())
+    late = PreemptionCosts(seconds_per_token=1e-6)
+    with patched(model, disk, costs=late) as patch, ThreadPoolExecutor(1) as caller:
+        opened, release = patch.prompt_tiers, threading.Event()
+        assert opened is not None
+        [store] = opened._tiering.stores
+        find = store.find
+        store.find = lambda keys: release.wait(60) and find(keys)  # type: ignore[method-assign]
+        warmed = caller.submit(patch.tiers.warm, [one()["input_ids"][0]], wait_s=600.0)
+        while not patch.tiers.stats().num_fetching:
+            pass
+        assert ids(model, one()) == expected
+        assert patch.stats().prefix_hit_tokens == 0
+        release.set()
+        warmed.result(60)
 
 
 def test_a_store_that_fails_costs_no_call(model: Any, disk: str) -> None:
