@@ -217,13 +217,14 @@ class Fetching:
             if not self._scheduler.is_held(request_id):  # it was cancelled
                 self._tiering.cancel(fetch)
                 continue
-            is_done = fetch.is_done
-            if is_done or len(fetch.slots) >= max(_ATTACHED_MIN, len(fetch.keys) // _ATTACHES):
+            is_done, is_late = fetch.is_done, now >= held.deadline + GRACE_S
+            most = max(_ATTACHED_MIN, len(fetch.keys) // _ATTACHES)
+            if is_done or is_late or len(fetch.slots) >= most:
                 room -= self._attach(request_id, fetch, room)
             if fetch.slots and not room:
                 self._wake()  # the next step copies more
             is_waiting = bool(fetch.slots) or not is_done
-            if not is_done and now >= held.deadline + GRACE_S:
+            if is_late and not is_done and (room or not fetch.slots):
                 self._tiering.cancel(fetch)
                 is_waiting = False
             if is_waiting:

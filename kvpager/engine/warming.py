@@ -57,16 +57,16 @@ class Warming:
         now = time.monotonic()
         for each in list(self._waiting):
             fetch = each.fetch
-            if fetch.is_done:
-                before = len(fetch.slots)
-                each.num_tokens += sum(self._tiering.attach(fetch, room).values())
-                room -= min(before - len(fetch.slots), room)
-                if fetch.slots:
-                    self._wake()  # the next step copies more
-                    continue
-            elif now < each.deadline + GRACE_S:
+            is_done = fetch.is_done
+            if not is_done and now < each.deadline + GRACE_S:
                 continue
-            else:
+            first = fetch.first
+            each.num_tokens += sum(self._tiering.attach(fetch, room, early=True).values())
+            room -= min(fetch.first - first, room)
+            if fetch.slots and not room:
+                self._wake()  # the next step copies more
+                continue
+            if not is_done:
                 self._tiering.cancel(fetch)
             self._end(each)
         return room

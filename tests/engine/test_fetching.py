@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +111,41 @@ def test_loaded_blocks_are_attached_while_others_load(monkeypatch: pytest.Monkey
         rest.set()
         assert stream.result(60).cached_tokens_by_tier == {"dict": 39 * BLOCK_SIZE}
         assert filled.num_loads == 39
+        engine.saved()
+        assert engine.staging.num_free == engine.slots
+
+
+@pytest.mark.parametrize("step_bytes_max", [64 * BLOCK_BYTES, 5 * BLOCK_BYTES])
+@pytest.mark.parametrize("is_warmed", [False, True], ids=["request", "warmed"])
+def test_what_arrived_before_a_store_hangs_is_used(
+    is_warmed: bool, step_bytes_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = list(range(25 * BLOCK_SIZE))
+    filled = store()
+    with TieredEngine([filled]) as engine:
+        engine.ask(prompt).result(60)
+        engine.saved()
+    load, rest, late_s = filled.load, threading.Event(), [0.0]
+
+    def load_once(keys: Any, into: Any, deadline: float) -> Outcomes:
+        if filled.num_loads:
+            late_s[0] = 1000.0
+            assert rest.wait(60)
+        return load(keys, into, deadline)
+
+    monkeypatch.setattr(filled, "load", load_once)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s[0])
+    monkeypatch.setattr("kvpager.engine.fetching.time", clock)
+    monkeypatch.setattr("kvpager.engine.warming.time", clock)
+    filled.is_closed = False
+    with TieredEngine([filled], max_wait_s=60, step_bytes_max=step_bytes_max) as engine:
+        if is_warmed:
+            assert engine.tiers is not None
+            assert engine.tiers.warm([prompt]) == 16 * BLOCK_SIZE
+        output = engine.ask(prompt).result(60)
+        assert output.token_ids == expected(prompt, 8)
+        assert output.num_cached_tokens == 16 * BLOCK_SIZE
+        rest.set()
         engine.saved()
         assert engine.staging.num_free == engine.slots
 

@@ -164,18 +164,18 @@ class PromptTiers:
             self._give_up()
 
     def _end(self, fetches: list[Fetch], rows: list[Int32], key: PrefixKey) -> int:
-        """Attach fetches that are done, and cancel those that are late. Return their tokens."""
+        """Attach what fetches have loaded, and cancel those that are late. Return their tokens."""
         before = self._fetched.total()
         if self._is_closed:  # which cancelled them
             return 0
         try:
-            if self._is_on and any(fetch.is_done and fetch.slots for fetch in fetches):
+            if self._is_on and any(fetch.slots for fetch in fetches):
                 # For all rows, or a row's blocks would evict those of the row before.
                 size = self._pool.block_size
                 self._pool.make_room(sum(-(-len(row) // size) for row in rows), key)
             for fetch in fetches:
-                if self._is_on and fetch.is_done:
-                    self._fetched.update(self._tiering.attach(fetch))
+                if self._is_on:
+                    self._fetched.update(self._tiering.attach(fetch, early=True))
         except Exception:
             self._give_up()
         finally:

@@ -22,6 +22,7 @@ from kvpager.errors import KVPagerError  # noqa: E402
 from kvpager.integrations.huggingface.prefix import prompt_tiers  # noqa: E402
 from kvpager.integrations.huggingface.runner import tiers as opening  # noqa: E402
 from kvpager.scheduling.preemption import PreemptionCosts  # noqa: E402
+from kvpager.storage.tiers import loading  # noqa: E402
 from kvpager.storage.tiers.seals import Digest  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 from tests.support.llama_calls import generate  # noqa: E402
@@ -296,6 +297,31 @@ def test_a_late_prompt_is_computed(model: Any, disk: str) -> None:
         store.find = lambda keys: release.wait() and find(keys)  # type: ignore[method-assign]
         assert ids(model, one()) == expected
         assert patch.stats().prefix_hit_tokens == 0
+        release.set()
+
+
+def test_a_late_prompt_is_used_as_far_as_it_came(
+    model: Any, disk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ids(model, one())
+    saved_by(model, disk, one())
+    with patched(model, disk) as patch:
+        opened, release, is_late = patch.prompt_tiers, threading.Event(), threading.Event()
+        assert opened is not None
+        [store] = opened._tiering.stores
+        load = store.load
+
+        def load_once(keys: Any, into: Any, deadline: float) -> Any:
+            if store.stats().hits:
+                is_late.set()
+                assert release.wait(60)
+            return load(keys, into, deadline)
+
+        store.load = load_once  # type: ignore[method-assign]
+        monkeypatch.setattr(loading, "_BATCH", 2)
+        monkeypatch.setattr(prompt_tiers, "wait", lambda *_: is_late.wait(60))
+        assert ids(model, one()) == expected
+        assert patch.stats().prefix_hit_tokens == 32
         release.set()
 
 
