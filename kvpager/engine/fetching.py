@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
+from kvpager._atomic import Uninterrupted
 from kvpager.engine.model_watch import ModelGuard
 from kvpager.engine.prompt_saves import PromptSaves
 from kvpager.engine.warming import GRACE_S, Warming
@@ -72,7 +73,7 @@ class Fetching:
     ) -> None:
         self._scheduler = scheduler
         self._tiering = tiering
-        self._lock = lock
+        self._lock, self._uninterrupted = lock, Uninterrupted(lock)
         self._guard = guard
         self._wake = wake
         if guard is not None:
@@ -90,8 +91,11 @@ class Fetching:
 
     def begin(self, request: Request) -> None:
         """Fetch the beginning of a request that was queued, and hold it meanwhile. O(tokens)."""
-        if not self._check_on():
-            return
+        if self._check_on():
+            with self._uninterrupted:  # an interrupt in between would lose the fetch
+                self._begin_held(request)
+
+    def _begin_held(self, request: Request) -> None:
         fetch = self._begin(request.request_id, request.prompt)
         if fetch is None:
             return
@@ -117,7 +121,8 @@ class Fetching:
         """Fetch a prompt without a request. Returns how many tokens were added. O(tokens)."""
         lora = lora_of_version(None, self._cache_version)
         if self._check_on():
-            return self._warming.begin(prompt, namespace, lora, wait_s)
+            with self._uninterrupted:  # an interrupt in between would lose the fetch
+                return self._warming.begin(prompt, namespace, lora, wait_s)
         nothing = Future[int]()
         nothing.set_result(0)
         return nothing

@@ -9,15 +9,21 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import pytest
 
+from kvpager.storage.tiers.loading import Fetch
+from kvpager.storage.tiers.tiering import Tiering
 from tests.support.interrupts import Moments, by_signal
 from tests.support.threads import join_all
 from tests.support.toy_runner import ToyEngine, expected
+from tests.support.toy_tiers import PROMPT, TieredEngine, store_with_the_prompt
 
 PATIENCE = 60.0
 # Number of moments of a submission to interrupt, of several hundred.
@@ -132,3 +138,30 @@ def test_an_interrupted_submission_leaves_nothing_behind() -> None:
             engine.cancel("interrupted")
             assert engine.ask(prompt, 4).result(PATIENCE).token_ids == expected(prompt, 4)
             engine.check_idle()
+
+
+@pytest.mark.parametrize("is_warmed", [False, True], ids=["submission", "warm"])
+def test_an_interrupt_as_a_fetch_begins_loses_no_fetch(
+    is_warmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Tiering.begin
+
+    def interrupted(self: Tiering, *args: Any, **options: Any) -> Fetch | None:
+        fetch = begin(self, *args, **options)
+        signal.raise_signal(signal.SIGINT)
+        return fetch
+
+    with TieredEngine([store_with_the_prompt()]) as engine:
+        assert engine.tiers is not None
+        call = partial(engine.tiers.warm, [PROMPT]) if is_warmed else partial(engine.ask, PROMPT)
+        monkeypatch.setattr(Tiering, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt) as interrupt:
+            call()
+        monkeypatch.undo()
+        del interrupt  # its traceback keeps the stream
+        gc.collect()
+        ends = time.monotonic() + PATIENCE
+        while engine.tiers.stats().num_fetching or engine.scheduler.request_ids:
+            assert time.monotonic() < ends
+        engine.saved()
+        engine.check_idle()
