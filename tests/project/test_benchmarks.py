@@ -167,7 +167,7 @@ def test_the_first_token_is_measured_from_every_tier(tmp_path: Path) -> None:
     printed = run("tiers.py", *options, "--folder", str(tmp_path))
     found = {line["name"]: line for line in map(json.loads, printed.splitlines()[1:])}
     assert found["first_token_computed"]["value"] > 0
-    for tier in ("tcp", "unix", "host", "disk"):
+    for tier in ("tcp", "unix", "host", "disk_new_engine"):
         assert found[f"first_token_{tier}"]["cached_tokens"] == 96
         assert found[f"first_token_{tier}_of_computed"]["value"] > 0
     assert found["first_token_unix_of_goal"]["value"] > 0
