@@ -340,6 +340,7 @@ def test_a_call_does_not_wait_for_the_deadline_of_a_warmed_prompt(model: Any, di
             pass
         assert ids(model, one()) == expected
         assert patch.stats().prefix_hit_tokens == 0
+        assert patch.tiers.stats().num_fetching == 1  # the call did not wait for its end
         release.set()
         warmed.result(60)
 
