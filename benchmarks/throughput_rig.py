@@ -134,9 +134,9 @@ class Watched:
     def watching(self, num_rows: int) -> Iterator[None]:
         plan, complete = Scheduler.plan, Scheduler.complete
 
-        def timed_plan(scheduler: Scheduler) -> Any:
+        def timed_plan(scheduler: Scheduler, *arguments: Any) -> Any:
             start = time.perf_counter()
-            found = plan(scheduler)
+            found = plan(scheduler, *arguments)
             seconds = time.perf_counter() - start
             decodes = found is not None and len(found) == len(found.token_ids) == num_rows
             self.steps.append((start, decodes, seconds))
