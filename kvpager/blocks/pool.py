@@ -71,7 +71,6 @@ class BlockPool:
         self.num_dropped_dirty = 0  # evicted blocks that no store had
         # Blocks that became idle since a reader set this to []; None if the reader must rank all.
         self.idled: list[Index] | None = None
-        self.num_revived = 0  # idle blocks that were used again, or pinned
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held
         self.num_holds = 0
@@ -155,7 +154,6 @@ class BlockPool:
                 kept = self.holds[idle] > 0
                 self.num_kept -= int(np.count_nonzero(kept))
                 idle = idle[~kept]
-            self.num_revived += len(idle)
             self._count_evictable(idle, -1)
         self.refs[index] = refs + times
 

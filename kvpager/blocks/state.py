@@ -310,7 +310,6 @@ class BlockState:
         if self.accounts.shortfall(self.pool, fewer=idle) > 0:
             raise ValueError(refusal)
         self.change.begin()
-        self.pool.num_revived += idle
         return self.fences.pin(blocks)
 
     def unpin(self, ticket: int, *, keep_rank: bool = False) -> None:

@@ -32,11 +32,11 @@ class Upcoming:
         self._blocks: Index = np.empty(0, np.intp)
         self._ranks: Float64 | Int64 = np.empty(0, np.int64)
         self._bound: float = np.inf  # idle blocks of a higher rank are left out
-        self._num_left = 0  # the count when the blocks were ranked
+        self._num_near = 0  # of `_blocks`, those that will have left when `ahead` more are taken
         self._seen = 0
 
     def first(self, count: int, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> Int32:
-        """Return the first `count` wanted blocks, by rank, int32 [n]. O(blocks looked at).
+        """Return the first `count` wanted blocks, by rank, int32 [n]. O(ahead).
 
         A block that is not wanted is looked at once. All are ranked after each `ahead` / 4 blocks
         that left, were used again or pinned, in O(blocks). `wanted` may be True for idle blocks
@@ -55,45 +55,51 @@ class Upcoming:
         return found[:count]
 
     def _follow(self, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> None:
-        """Rank all idle blocks if needed, or add those that became idle."""
+        """Rank all idle blocks if needed, or follow those that became idle."""
         pool = self._state.pool
         idled, pool.idled = pool.idled, []  # before ranking: if the policy fails, all ranks change
         before, self._ahead = self._ahead, ahead
-        is_short = self._num_near > len(self._blocks) and self._bound < np.inf
-        if idled is None or ahead != before or is_short:
-            idle = pool.cached & (pool.refs == 0)
-            if pool.num_holds:
-                idle &= pool.holds == 0
-            self._bound = np.inf
-            self._set(np.flatnonzero(idle))
-        elif idled:
-            new = np.concatenate(idled)
-            new = new[wanted(new)]
-            new = new[self._rank(new) <= self._bound]
-            if len(new):
-                both = np.union1d(self._blocks, new)
-                both = both[pool.cached[both] & self._state.evictor.idle(both)]
-                self._set(both[self._rank(both) <= self._bound])
+        if idled is None or ahead != before:
+            self._rank_all()
+            return
+        if idled:
+            self._add(np.concatenate(idled), wanted)
+        num_gone = len(self._blocks) - int(np.count_nonzero(self._are_idle(self._blocks)))
+        self._num_near = ahead - pool.num_free + num_gone
+        if self._num_near > len(self._blocks) and self._bound < np.inf:
+            self._rank_all()
+
+    def _rank_all(self) -> None:
+        self._bound = np.inf
+        self._set(np.flatnonzero(self._are_idle(np.arange(self._state.pool.num_blocks))))
+
+    def _add(self, idled: Index, wanted: Callable[[Index], NDArray[np.bool_]]) -> None:
+        """Forget old ranks of blocks that became idle, and add those that leave soon."""
+        again = np.flatnonzero(np.isin(self._blocks, idled))
+        moved = again[self._rank(self._blocks[again]) != self._ranks[again]]
+        self._seen -= int(np.count_nonzero(moved < self._seen))
+        kept = np.ones(len(self._blocks), np.bool_)
+        kept[moved] = False
+        self._blocks, self._ranks = self._blocks[kept], self._ranks[kept]
+        new = idled[wanted(idled)]
+        new = new[self._rank(new) <= self._bound]
+        if len(new):
+            both = np.union1d(self._blocks, new)
+            both = both[self._are_idle(both)]
+            self._set(both[self._rank(both) <= self._bound])
+
+    def _are_idle(self, blocks: Index) -> NDArray[np.bool_]:
+        return self._state.pool.cached[blocks] & self._state.evictor.idle(blocks)
 
     def _set(self, blocks: Index) -> None:
-        """Keep the blocks that leave next, and some more."""
-        self._num_left = self._count_left()
+        """Keep the blocks that leave next, and some more. All `blocks` are idle."""
+        self._num_near = self._ahead - self._state.pool.num_free
         ranks, most = self._rank(blocks), self._num_near + self._ahead // _SLACK_PART
         if most < len(blocks):
             self._bound = np.partition(ranks, most - 1)[most - 1] if most > 0 else -np.inf
             blocks, ranks = blocks[ranks <= self._bound], ranks[ranks <= self._bound]
         order = np.argsort(ranks, kind="stable")
         self._blocks, self._ranks, self._seen = blocks[order], ranks[order], 0
-
-    @property
-    def _num_near(self) -> int:
-        """The number of ranked blocks that will have left when `ahead` more are taken."""
-        num_left = self._count_left() - self._num_left
-        return self._ahead - self._state.pool.num_free + num_left
-
-    def _count_left(self) -> int:
-        """Return how many idle blocks were evicted, used again or pinned, ever."""
-        return self._state.totals["total_evicted"] + self._state.pool.num_revived
 
     def _end(self) -> int:
         """Return the end of the blocks that leave soon, with all blocks of the last one's rank."""
