@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(models: Path) -> dict[str, Any]:
-    """What vLLM answers without kvpager."""
+    """Return the answers of vLLM without kvpager."""
     return {name: run(models / name)["answers"] for name in BLOCKS}
 
 

@@ -83,7 +83,7 @@ class DiskStore:
         self._saved_ms, self._order = np.zeros((2, num_slots), np.int64)
         self._next_order, self._used = 1, set[int]()  # slots whose order is not on disk
         self._has_erased = False  # since the last sync of the table
-        self._stale: dict[int, bytes] = {}  # slots of forgotten keys, until the record is erased
+        self._stale: dict[int, bytes] = {}  # slots of dropped keys, until the record is erased
         self._num_slots, self._counters = num_slots, StoreCounters(layout.block_bytes)
         self._directory = Directory(path, self._framing, each)
         try:
@@ -356,7 +356,7 @@ class DiskStore:
         self._erase_stale([slot])
 
     def _erase_stale(self, slots: list[int]) -> None:
-        """Free slots whose block was forgotten, if their records can be erased."""
+        """Free slots whose block was dropped, if their records can be erased."""
         for slot in slots:
             if self._erase(slot):
                 del self._stale[slot]
