@@ -92,6 +92,16 @@ def begun(node: Node, *shards: Shard, seed: int = 1) -> Fetch:
     return fetch
 
 
+def check_the_last_three_are_attached(node: Node, shard: Shard, fetch: Fetch) -> None:
+    """Attach three of the prompt's blocks; compare all five on the follower. End both ranks."""
+    assert node.tiering.attach(fetch) == {"dict": 12}
+    shard.apply(node.tiering.followers.take())
+    blocks = node.manager.match_prefix(prompt(1), blocks=True).blocks[:5].tolist()
+    assert torch.equal(shard.storage.tier()[blocks], shard.computed()[blocks])
+    shard.end()
+    node.end()
+
+
 def test_each_rank_saves_and_loads_its_shard() -> None:
     node = Node(num_followers=2)
     shards = [Shard(node, 1), Shard(node, 2)]
@@ -136,12 +146,7 @@ def test_all_ranks_fetch_what_is_behind_the_cached_blocks() -> None:
     other.compute(prompt(1)[:9])
     shard.storage.tier().copy_(shard.computed())
     fetch = begun(other, shard)
-    assert other.tiering.attach(fetch) == {"dict": 12}
-    shard.apply(other.tiering.followers.take())
-    blocks = other.manager.match_prefix(prompt(1), blocks=True).blocks[:5].tolist()
-    assert torch.equal(shard.storage.tier()[blocks], shard.computed()[blocks])
-    shard.end()
-    other.end()
+    check_the_last_three_are_attached(other, shard, fetch)
 
 
 def test_blocks_that_are_cached_meanwhile_are_skipped_on_all_ranks() -> None:
@@ -152,12 +157,7 @@ def test_blocks_that_are_cached_meanwhile_are_skipped_on_all_ranks() -> None:
     fetch = begun(other, shard)
     other.compute(prompt(1)[:9])
     shard.storage.tier().copy_(shard.computed())
-    assert other.tiering.attach(fetch) == {"dict": 12}
-    shard.apply(other.tiering.followers.take())
-    blocks = other.manager.match_prefix(prompt(1), blocks=True).blocks[:5].tolist()
-    assert torch.equal(shard.storage.tier()[blocks], shard.computed()[blocks])
-    shard.end()
-    other.end()
+    check_the_last_three_are_attached(other, shard, fetch)
 
 
 def test_a_fetch_that_was_cancelled_ignores_answers() -> None:
