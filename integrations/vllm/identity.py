@@ -21,9 +21,15 @@ _UNNAMED = ("_name_or_path", "transformers_version")  # differ between equal mod
 
 
 def chunk_layout(
-    config: OffloadingConfig, model_config: Any, model_id: str | None, chunk_bytes: int
+    config: OffloadingConfig,
+    model_config: Any,
+    model_id: str | None,
+    chunk_bytes: int,
+    arrangement: str,
 ) -> BlockLayout:
     """Name the layout of a chunk of all workers. O(1), O(bytes of the model) without `model_id`.
+
+    `arrangement` names the order of a chunk's blocks, layers and workers in its bytes.
 
     Raises: `ValueError` if the model is not a local directory and has no `model_id`.
     """
@@ -39,6 +45,7 @@ def chunk_layout(
         f"blocks_per_chunk {config.cache.blocks_per_chunk}",
         f"tokens_per_hash {config.cache.tokens_per_hash}",
         f"groups {json.dumps(groups)}",
+        f"rows of {arrangement}",
         f"tp {parallel.tp_size} pp {parallel.pp_size} pcp {parallel.pcp_size} "
         f"dcp {parallel.dcp_size} of {parallel.world_size}",
     )

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.storage.tiers.keyed import KeyedTier, KeySlot
-from kvpager.storage.tiers.protocol import BlockStore, Loaded
+from kvpager.storage.tiers.keyed import KeySlot
+from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 
 logger = logging.getLogger("kvpager")
 
 _FETCH_S, _SAVE_S, _CLOSE_S = 2.0, 30.0, 5.0
 _MISSES_MAX = 64  # in a row: each may be a round trip to a server
-
-
-_End = Callable[[Iterable[bytes], Iterable[bytes]], None]
+_SAVING_MAX = 0.25  # part of all rows: a row cannot be evicted while it is saved
 
 
 class Chunk(NamedTuple):
-    """A chunk to load: vLLM's key, its reserved slot, and the number of the store that has it."""
+    """A chunk to load: vLLM's key, its reserved row, and the number of the store that has it."""
 
     key: bytes
     slot: int
@@ -32,7 +30,10 @@ class Chunk(NamedTuple):
 
 
 class LowerTiers:
-    """The stores below host memory. Only `wait_a_moment`, `drain` and `close` wait for a store."""
+    """The stores below host memory. Only `wait_a_moment`, `drain` and `close` wait for a store.
+
+    The caller keeps the rows of a transfer as they are, until the transfer has called its `end`.
+    """
 
     def __init__(
         self,
@@ -55,10 +56,11 @@ class LowerTiers:
         return bool(self._fetches)
 
     @property
-    def num_saving(self) -> int:
-        """The number of chunks whose rows are being saved. O(transfers)."""
+    def save_room(self) -> int:
+        """The number of further chunks to save, so that at most a quarter are. O(transfers)."""
         self._saves = {each: count for each, count in self._saves.items() if not each.done()}
-        return sum(self._saves.values())
+        most = max(int(len(self._rows) * _SAVING_MAX), 1)
+        return max(most - sum(self._saves.values()), 0)
 
     def locate(
         self,
@@ -74,16 +76,13 @@ class LowerTiers:
         """
         self._start_fetch(self._locate, keys, answer, absent, is_prefix)
 
-    def fetch(self, tier: KeyedTier, chunks: Sequence[Chunk], end: _End) -> None:
-        """Load chunks into their slots of `tier`; publish those that arrive, abandon the rest.
+    def fetch(self, chunks: Sequence[Chunk], end: Callable[[set[bytes]], None]) -> None:
+        """Load chunks into their rows. Afterwards calls `end` with the keys that arrived."""
+        self._start_fetch(self._fetch, chunks, end)
 
-        Afterwards calls `end` with the keys that arrived, and with all keys.
-        """
-        self._start_fetch(self._fetch, tier, chunks, end)
-
-    def save(self, tier: KeyedTier, pairs: Sequence[KeySlot]) -> None:
-        """Offer chunks to each store, then unpin their slots of `tier`."""
-        self._saves[self._saver.submit(self._save, tier, pairs)] = len(pairs)
+    def save(self, pairs: Sequence[KeySlot], end: Callable[[bool], None]) -> None:
+        """Offer chunks to each store. Afterwards calls `end` with True if all stores have all."""
+        self._saves[self._saver.submit(self._save, pairs, end)] = len(pairs)
 
     def wait_a_moment(self, seconds: float) -> None:
         """Wait until a look-up or a load ends, for at most `seconds`."""
@@ -100,6 +99,7 @@ class LowerTiers:
         self._saver.shutdown(cancel_futures=True)
         for store in self.stores:
             store.close()
+        self._rows = self._rows[:0].copy()  # the caller may release the memory
 
     def _start_fetch(self, work: Callable[..., None], *args: object) -> None:
         self._fetches.add(self._fetchers.submit(work, *args))
@@ -136,7 +136,7 @@ class LowerTiers:
                 break
         return present
 
-    def _fetch(self, tier: KeyedTier, chunks: Sequence[Chunk], end: _End) -> None:
+    def _fetch(self, chunks: Sequence[Chunk], end: Callable[[set[bytes]], None]) -> None:
         arrived = set[bytes]()
         try:
             deadline = time.monotonic() + _FETCH_S
@@ -150,18 +150,22 @@ class LowerTiers:
         except Exception:  # as above
             logger.exception("kvpager: cannot load chunks")
         finally:
-            tier.publish([chunk.slot for chunk in chunks if chunk.key in arrived])
-            tier.abandon([chunk.slot for chunk in chunks if chunk.key not in arrived])
-            end(arrived, [chunk.key for chunk in chunks])
+            end(arrived)
 
-    def _save(self, tier: KeyedTier, pairs: Sequence[KeySlot]) -> None:
+    def _save(self, pairs: Sequence[KeySlot], end: Callable[[bool], None]) -> None:
+        is_saved = False
         try:
             names = [self._store_key(key) for key, _ in pairs]
             blocks = [memoryview(self._rows[slot]) for _, slot in pairs]
-            for store in self.stores:
-                if not getattr(store, "bypassed", False):
-                    store.save(names, blocks, time.monotonic() + _SAVE_S)
+            outcomes = [
+                store.save(names, blocks, time.monotonic() + _SAVE_S)
+                for store in self.stores
+                if not getattr(store, "bypassed", False)
+            ]
+            is_saved = len(outcomes) == len(self.stores) and all(
+                outcome in (Saved.SAVED, Saved.KNOWN) for each in outcomes for outcome in each
+            )
         except Exception:  # as above
             logger.exception("kvpager: cannot save chunks")
         finally:
-            tier.unpin([slot for _, slot in pairs])
+            end(is_saved)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 from kvpager.integrations.vllm.host_rows import HostRows
@@ -18,15 +17,13 @@ from kvpager.integrations.vllm.interface import (
     PrepareStoreOutput,
     ReqContext,
     RequestOffloadingContext,
-    get_offload_group_idx,
 )
 from kvpager.integrations.vllm.lower_tiers import Chunk, LowerTiers
+from kvpager.integrations.vllm.places import ABSENT, ASKED, Places, position
 from kvpager.integrations.vllm.worker import Slots
 from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier
 
-_ABSENT, _ASKED = -1, -2  # instead of a store's number
 _IDLE_S = 0.005
-_SAVING_MAX = 0.25  # part of all slots: a slot cannot be evicted while it is saved
 _SOURCES = {"disk": CacheHitSource.DISK}
 
 
@@ -37,9 +34,8 @@ class _Request:
         self.tier = tier
         self.used: dict[bytes, None] = {}  # stored or loaded
         self.loading: list[int] = []  # pinned slots
-        self.places: dict[bytes, int] = {}  # which store has a chunk
+        self.places = Places()
         self.sources: dict[bytes, str] = {}  # the name of the store that a chunk came from
-        self.unknown: list[tuple[int, bytes]] = []  # not looked up yet: position in the prompt, key
         self.looked_up: list[bytes] = []  # in this step, in host memory or in a store
 
 
@@ -83,16 +79,13 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         if is_here:
             request.looked_up.append(key)
             return LookupResult.HIT
-        place = request.places.get(key)
-        if place == _ABSENT and not is_written:
+        place = ASKED if is_written else request.places.look(key, req_context)
+        if place == ABSENT:
             return LookupResult.MISS
         self._waiting[req_context.req_id] = request
         if is_written:
             return LookupResult.HIT_PENDING
-        if place is None:
-            request.places[key] = _ASKED
-            request.unknown.append((_position(req_context, key), key))
-        if place is None or place == _ASKED:
+        if place == ASKED:
             return LookupResult.RETRY
         request.looked_up.append(key)
         return LookupResult.HIT_PENDING
@@ -101,45 +94,34 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         if self._lower is None:
             return
         for request in self._waiting.values():
-            self._ask(request, self._lower)
+            request.places.ask(self._lower)
             self._fetch(request, self._lower)
         if self._waiting and len(self._waiting) == self._num_requests and self._lower.is_fetching:
             self._lower.wait_a_moment(_IDLE_S)  # nothing runs: leave the processor to the threads
         self._waiting.clear()
 
-    def _ask(self, request: _Request, lower: LowerTiers) -> None:
-        """Look for unknown chunks in the stores, group by group."""
-        unknown, request.unknown = request.unknown, []
-        for _, group in groupby(unknown, lambda each: get_offload_group_idx(each[1])):
-            positions, keys = zip(*group, strict=True)
-            # vLLM asks for a prefix from the front, for a window from the end.
-            is_prefix = positions[0] <= positions[-1]
-            lower.locate(keys, request.places.update, absent=_ABSENT, is_prefix=is_prefix)
-
     def _fetch(self, request: _Request, lower: LowerTiers) -> None:
         """Load the chunks that stores have. A chunk that finds no room is a miss."""
         looked_up, request.looked_up = list(dict.fromkeys(request.looked_up)), []
-        places = request.places
-        wanted = {key for key in looked_up if places.get(key, _ABSENT) >= 0}
-        if not wanted:
+        if not (wanted := request.places.use_up(looked_up)):
             return
         # Reserve includes chunks in host memory, so that they are not evicted for the others.
         slots, evicted = self._tier.reserve(looked_up, partly=True)
         self._tell(True, (key for key, _ in evicted))
         pairs = [pair for pair in zip(looked_up, slots.tolist(), strict=True) if pair[1] >= 0]
-        chunks = [Chunk(key, slot, places[key]) for key, slot in pairs if key in wanted]
+        chunks = [Chunk(key, slot, wanted[key]) for key, slot in pairs if key in wanted]
         self._tier.abandon([slot for key, slot in pairs if key not in wanted])  # it left
-        for key in wanted:
-            places[key] = _ABSENT  # asked for once: if it leaves again, vLLM computes it
         self._writing |= {chunk.key: chunk.slot for chunk in chunks}
         request.sources |= {chunk.key: lower.stores[chunk.store].name for chunk in chunks}
         if chunks:
-            lower.fetch(self._tier, chunks, self._fetched)
+            lower.fetch(chunks, partial(self._fetched, chunks))
 
-    def _fetched(self, arrived: Iterable[bytes], keys: Iterable[bytes]) -> None:
-        """Note that a fetch has ended. A thread calls this."""
-        for key in keys:
-            del self._writing[key]
+    def _fetched(self, chunks: list[Chunk], arrived: set[bytes]) -> None:
+        """Publish the chunks of a fetch that came. A thread calls this."""
+        self._tier.publish([chunk.slot for chunk in chunks if chunk.key in arrived])
+        self._tier.abandon([chunk.slot for chunk in chunks if chunk.key not in arrived])
+        for chunk in chunks:
+            del self._writing[chunk.key]
         self._tell(False, arrived)
 
     def get_load_source(self, key: Any, req_context: ReqContext) -> CacheHitSource:
@@ -170,7 +152,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self, keys: Collection[Any], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
         offered = list(dict.fromkeys(keys))
-        depths = [_position(req_context, key) for key in offered]
+        depths = [position(req_context, key) for key in offered]
         slots, evicted = self._tier.reserve(offered, partly=True, depths=depths)
         pairs = zip(offered, slots.tolist(), strict=True)
         new = {key: slot for key, slot in pairs if slot >= 0}
@@ -185,7 +167,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
     def complete_store(
         self, keys: Collection[Any], req_context: ReqContext, success: bool = True
     ) -> None:
-        ordered = sorted(keys, key=partial(_position, req_context))
+        ordered = sorted(keys, key=partial(position, req_context))
         slots = [self._writing.pop(key) for key in ordered]
         if not success:
             self._tier.abandon(slots)
@@ -200,10 +182,10 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
             return
         if not self._rows.is_complete:
             raise RuntimeError("tiers: all workers of the engine must run on one machine")
-        room = max(int(self._tier.num_slots * _SAVING_MAX), 1) - self._lower.num_saving
-        if offered := keys[: max(room, 0)]:
+        if offered := keys[: self._lower.save_room]:
             slots = self._tier.pin(offered).tolist()
-            self._lower.save(self._tier, list(zip(offered, slots, strict=True)))
+            pairs = list(zip(offered, slots, strict=True))
+            self._lower.save(pairs, lambda _: self._tier.unpin(slots))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         self._num_requests += 1
@@ -214,7 +196,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._waiting.pop(req_context.req_id, None)
         used = self._request(req_context).used
         # The last chunk of the prompt leaves first.
-        self._tier.rest(sorted(used, key=partial(_position, req_context)))
+        self._tier.rest(sorted(used, key=partial(position, req_context)))
 
     def take_events(self) -> Iterator[OffloadingEvent]:
         while self._changes:
@@ -241,11 +223,6 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         if request is None or request.tier is not self._tier:  # before a reset
             req_context.set_state(request := _Request(self._tier))
         return request
-
-
-def _position(req_context: ReqContext, key: bytes) -> int:
-    position: int | None = req_context.get_offload_key_position(key)
-    return position or 0
 
 
 def _allows_stores(req_context: ReqContext) -> bool:

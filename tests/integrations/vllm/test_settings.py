@@ -205,9 +205,11 @@ def test_hashes_of_shared_stores_begin_alike(
 # ---------------------------------------------------------------- identity
 
 
-def fingerprint(model_id: str | None = "b@1", settings: Any = None, **changes: Any) -> bytes:
+def fingerprint(
+    model_id: str | None = "b@1", settings: Any = None, rows: str = "kvpager", **changes: Any
+) -> bytes:
     layout = identity.chunk_layout(
-        config(**changes), settings or model_config(theta=1e4), model_id, 4096
+        config(**changes), settings or model_config(theta=1e4), model_id, 4096, rows
     )
     return layout.fingerprint
 
@@ -225,6 +227,7 @@ def test_whatever_changes_the_bytes_changes_the_layout(monkeypatch: pytest.Monke
         fingerprint(groups=(one,)),
         fingerprint(groups=(other_layer,)),
         fingerprint(parallel=parallel),
+        fingerprint(rows="vllm"),
     ]
     monkeypatch.setattr(identity, "_device", lambda: "cpu x86_64 AVX2 amx True")
     prints.append(fingerprint())
@@ -242,7 +245,7 @@ def test_equal_models_in_other_folders_share(tmp_path: Path) -> None:
 
 
 def test_keys_in_stores_differ_by_layout_and_key() -> None:
-    layouts = [identity.chunk_layout(config(), model_config(), name, 4096) for name in "ab"]
+    layouts = [identity.chunk_layout(config(), model_config(), name, 4096, "k") for name in "ab"]
     keys = {identity.store_keys(layout)(key) for layout in layouts for key in (b"k", b"l")}
     assert len(keys) == 4
     assert {len(key) for key in keys} == {32}
