@@ -128,16 +128,23 @@ def swap(to: object, at_most: int | None, reserve: int) -> tuple[int | None, int
 
 
 def label(name: str, value: str | None) -> None:
-    """Raise unless a namespace, LoRA or tenant is None or a non-empty string.
+    """Raise unless a namespace, LoRA or tenant is None or a non-empty Unicode text.
 
     Otherwise 1, 1.0 and True would be the same tenant, and all tenants with an empty, missing name
-    would share prompts.
+    would share prompts. Content keys cover the name in UTF-8, which has no lone surrogates: a JSON
+    request may contain them.
     """
     if value is not None and not isinstance(value, str):
         kind = type(value).__name__
         raise TypeError(f"{name}={shown(value)}: expected a str or None, got {kind}")
     if value == "":
         raise ValueError(f'{name}="": expected at least one character. Pass None for no {name}.')
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}={shown(value)}: expected Unicode text without lone surrogates. Replace them."
+        ) from None
 
 
 def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:

@@ -121,16 +121,25 @@ class CachedBlocks:
         state = self._state
         with state.lock, state.change:
             index = self._published(blocks)
+            # Before the change: `keying` may call code of the caller, and that may fail.
+            made = self._made_keys(index, keying)
             state.change.begin()
             state.pool.counts_dirty = True
             if self._keying is not keying:
                 state.pool.marks &= ~np.uint16(KEYED)
                 self._keying = keying
-            for number in dict.fromkeys(state.forest.node_of[index].tolist()):
-                self._key_run(state.forest.nodes[number], keying)
+            for block, key in made.items():
+                self._set_key(block, key)
             return [self._key_of[block] for block in index.tolist()]
 
-    def _key_run(self, node: Node | None, keying: Keying) -> None:
+    def _made_keys(self, index: NDArray[np.intp], keying: Keying) -> dict[int, bytes]:
+        """Make the missing keys of blocks and of the blocks before them."""
+        forest, made = self._state.forest, dict[int, bytes]()
+        for number in dict.fromkeys(forest.node_of[index].tolist()):
+            self._key_run(forest.nodes[number], keying, made)
+        return made
+
+    def _key_run(self, node: Node | None, keying: Keying, made: dict[int, bytes]) -> None:
         """Make the missing keys of a run and of the runs before it."""
         runs = []
         while node is not None and node.parent is not None:
@@ -140,15 +149,16 @@ class CachedBlocks:
         namespace, lora = runs[-1].tree[:2]
         key = keying.root(namespace, lora, group)
         if self._state.windows[group] is not None:  # each block is a run
-            self._set_key(runs[0].first, keying.windowed(key, namespace, runs[0].digest))
+            made[runs[0].first] = keying.windowed(key, namespace, runs[0].digest)
             return
         for run in reversed(runs):
             for block in run.blocks.tolist():
-                if pool.marks[block] & KEYED:
+                if block in made:
+                    key = made[block]
+                elif self._keying is keying and pool.marks[block] & KEYED:
                     key = self._key_of[block]
-                    continue
-                key = keying.block(namespace, key, pool.ids[block], run.tag)
-                self._set_key(block, key)
+                else:
+                    key = made[block] = keying.block(namespace, key, pool.ids[block], run.tag)
 
     def _set_key(self, block: int, key: bytes) -> None:
         before = self._key_of.get(block)

@@ -347,7 +347,10 @@ def test_a_flag_is_true_or_false(value: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["namespace", "lora", "tenant"])
-@pytest.mark.parametrize(("value", "error"), [("", ValueError), (1, TypeError), (b"a", TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("", ValueError), (1, TypeError), (b"a", TypeError), ("\ud800", ValueError)],
+)
 def test_a_request_names_its_tenant_or_none(name: str, value: object, error: type) -> None:
     scheduler = Scheduler(BlockManager(8, 4))
     request = Request(**{"request_id": "a", "prompt": PROMPT, "max_new_tokens": 1, name: value})

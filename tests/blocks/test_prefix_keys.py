@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kvpager import BlockManager
@@ -58,6 +60,15 @@ def test_an_empty_namespace_or_lora_is_refused(manager: BlockManager, label: str
     for look in (manager.allocate, manager.match_prefix):
         with pytest.raises(ValueError, match=f'{label}="": expected at least one character'):
             look(A, **{label: ""})  # type: ignore[operator]
+    assert manager.stats().num_sequences == 0
+
+
+@pytest.mark.parametrize("label", ["namespace", "lora"])
+def test_a_label_with_a_lone_surrogate_is_refused(manager: BlockManager, label: str) -> None:
+    value = json.loads(r'"\ud83d"')  # as half of an emoji in a JSON request
+    for look in (manager.allocate, manager.match_prefix):
+        with pytest.raises(ValueError, match=f"{label}='.ud83d': expected Unicode text"):
+            look(A, **{label: value})  # type: ignore[operator]
     assert manager.stats().num_sequences == 0
 
 
