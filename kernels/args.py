@@ -59,6 +59,28 @@ def require_contiguous_rows(**tensors: Tensor) -> None:
             )
 
 
+def require_apart(name: str, tensor: Tensor, **others: Tensor) -> None:
+    """Raise `ValueError` if the memory of `tensor` overlaps that of another. O(tensors).
+
+    Compares the first and last addresses, so a tensor in the gaps of another counts as overlapping.
+    """
+    first, last = _addresses(tensor)
+    for other_name, other in others.items():
+        start, stop = _addresses(other)
+        if start < last and first < stop:
+            raise ValueError(f"{name} shares memory with {other_name}; pass a tensor of its own")
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of the first element, and the address after the last one."""
+    first = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return first, first
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return first, first + (last + 1) * tensor.element_size()
+
+
 def require_integers(name: str, tensor: Tensor) -> None:
     """Raise `TypeError` unless `tensor` is int32 or int64. O(1)."""
     if tensor.dtype not in INTEGERS:

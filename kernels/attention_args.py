@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpager.kernels.args import (
+    require_apart,
     require_contiguous_rows,
     require_device,
     require_dims,
@@ -111,6 +112,21 @@ class AttentionArgs:
             and (starts is None or starts.device == device)
             and (behind is None or behind.device == device)
         )
+
+
+def require_out(out: Tensor, query: Tensor, caches: LayerCaches) -> None:
+    """Check the tensor for the result of a call. O(1). Raises: as `AttentionArgs`."""
+    require_tensors(out=out)
+    shape = (query.shape[0], query.shape[1], caches.value.shape[3])
+    require_shape("out", out, shape, "[tokens, query_heads, value_head_dim]")
+    require_same("out", out, "query", query)
+    require_device(caches.key, out=out)
+    if not out.is_contiguous():
+        raise ValueError(
+            f"out has strides {list(out.stride())}, but it has to be contiguous; "
+            f"pass torch.empty({list(shape)}), or copy the result"
+        )
+    require_apart("out", out, query=query, key_cache=caches.key, value_cache=caches.value)
 
 
 def _require_row_numbers(name: str, tensor: Tensor, length: int, meaning: str) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvpager.kernels import debug
 from kvpager.kernels.args import without_gradients
-from kvpager.kernels.attention_args import AttentionArgs
+from kvpager.kernels.attention_args import AttentionArgs, require_out
 from kvpager.kernels.backends import select
 from kvpager.kernels.host_rows import HostRows
 from kvpager.kernels.layer_caches import LayerCaches
@@ -30,6 +30,7 @@ def paged_attention(
     kv_starts: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     host_rows: HostRows | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of packed queries over paged KV. O(kv tokens seen * query heads * dims).
 
@@ -72,6 +73,8 @@ def paged_attention(
     - `host_rows`: the values of `block_tables`, `seq_lens` and `cu_seqlens_q` as NumPy arrays. Pass
       one `HostRows` to all layers of a step: a GPU kernel then plans once per step, without
       reading the tensors back from the GPU.
+    - `out` [tokens, query_heads, value_head_dim], contiguous, of the dtype of `query`: the kernel
+      writes the result there and returns `out`. It must not share memory with `query` or a cache.
 
     Numbers in slots that no query sees, NaNs included, never reach the output.
 
@@ -86,21 +89,28 @@ def paged_attention(
         block_tables, seq_lens, cu_seqlens_q, softmax_scale, causal, window, softcap, mask,
         kv_starts, host_rows,
     )  # fmt: skip
-    return attend(query, LayerCaches(key_cache, value_cache, scales), args, sinks=sinks)
+    return attend(query, LayerCaches(key_cache, value_cache, scales), args, sinks=sinks, out=out)
 
 
 @without_gradients
 def attend(
-    query: Tensor, caches: LayerCaches, args: AttentionArgs, *, sinks: Tensor | None = None
+    query: Tensor,
+    caches: LayerCaches,
+    args: AttentionArgs,
+    *,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute `paged_attention` with caches that all steps share, and rows that all layers share.
 
     Arguments, result, complexity and errors are those of `paged_attention`.
     """
     args.require_layer(query, caches, sinks)
+    if out is not None:
+        require_out(out, query, caches)
     if debug.enabled():
         debug.check_attention(query, caches.key, args)
     output: Tensor = select("paged_attention", caches.key.device)(
-        query, caches.key, caches.value, args, sinks, caches.scales
+        query, caches.key, caches.value, args, sinks, caches.scales, out
     )
     return output

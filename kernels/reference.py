@@ -104,10 +104,11 @@ def paged_attention(
     args: AttentionArgs,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of query [T, H, D] over paged KV: [T, H, Dv]. O(H * D * T * kv).
 
-    Needs no plan and ignores `args.host_rows`.
+    Needs no plan and ignores `args.host_rows`. Writes to `out` [T, H, Dv] if given.
 
     Reads KV tile by tile with an online softmax: it keeps a maximum and a sum per query, and
     rescales the sum when the maximum rises (Milakov & Gimelshein 2018, "Online normalizer
@@ -115,13 +116,14 @@ def paged_attention(
     """
     block_tables, seq_lens, mask = args.block_tables, args.seq_lens, args.mask
     require_lengths(seq_lens, block_tables.shape[1] * key_cache.shape[1])
-    output = query.new_zeros(*query.shape[:2], value_cache.shape[3])
+    output = query.new_empty(*query.shape[:2], value_cache.shape[3]) if out is None else out
     rows, num_query_heads = block_tables.shape[0], query.shape[1]
     if query.numel() == 0 or rows == 0:
-        return output
+        return output.zero_()
     ends, query_lens, longest = _query_lengths(query, rows, args.cu_seqlens_q)
     if mask is not None and mask.shape[2] < longest:
         raise short_mask(mask, longest)
+    output.zero_()
     if key_cache.shape[0] == 0:  # no token is visible
         return output
     starts = torch.arange(block_tables.shape[1], device=query.device) * key_cache.shape[1]

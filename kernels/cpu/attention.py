@@ -32,6 +32,7 @@ class PagedAttention(Kernel):
         args: AttentionArgs,
         sinks: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Compute `reference.paged_attention`.
 
@@ -40,10 +41,11 @@ class PagedAttention(Kernel):
         """
         mask = args.mask
         if not _is_covered(query, key_cache, mask, scales):
-            return reference.paged_attention(query, key_cache, value_cache, args, sinks, scales)
+            caches = (key_cache, value_cache)
+            return reference.paged_attention(query, *caches, args, sinks, scales, out)
         tokens, query_heads, head_dim = query.shape
         num_blocks, block_size, kv_heads, value_dim = value_cache.shape
-        output = query.new_empty(tokens, query_heads, value_dim)
+        output = query.new_empty(tokens, query_heads, value_dim) if out is None else out
         block_tables, seq_lens = int32_rows(args.block_tables), args.seq_lens.contiguous()
         kv_starts = None if args.kv_starts is None else args.kv_starts.contiguous()
         cu_seqlens_q = None if args.cu_seqlens_q is None else args.cu_seqlens_q.contiguous()

@@ -29,6 +29,7 @@ def paged_attention(
     args: AttentionArgs,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute `reference.paged_attention`. O(kv tokens seen * query heads * dims).
 
@@ -39,15 +40,15 @@ def paged_attention(
     """
     tensors = (query, key_cache, value_cache)
     if not _takes(*tensors):
-        return reference.paged_attention(*tensors, args, sinks, scales)
+        return reference.paged_attention(*tensors, args, sinks, scales, out)
     plan = plan_attention(*tensors, args)
     if args.mask is not None and args.mask.shape[2] < plan.longest:
         raise short_mask(args.mask, plan.longest)
     if sinks is None and scales is None:
         by_external = external.attention(*tensors, args, plan)
         if by_external is not None:
-            return by_external
-    return attend(*tensors, args, plan, sinks, scales)
+            return by_external if out is None else out.copy_(by_external)
+    return attend(*tensors, args, plan, sinks, scales, out)
 
 
 def _takes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
@@ -67,6 +68,7 @@ def attend(
     plan: AttentionPlan,
     sinks: Tensor | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Compute paged attention with a given plan. O(kv tokens seen * query heads * dims).
 
@@ -88,7 +90,8 @@ def attend(
         args.softcap, None if sinks is None else sinks.contiguous(), args.mask,
         None if args.kv_starts is None else args.kv_starts.contiguous(), scales,
     )  # fmt: skip
-    output = query.new_empty((*query.shape[:2], value_cache.shape[3]))
+    shape = (*query.shape[:2], value_cache.shape[3])
+    output = query.new_empty(shape) if out is None else out
     if output.numel() == 0:
         return output
     partials = output.new_empty((plan.work.num_slots, *output.shape[1:]), dtype=torch.float32)

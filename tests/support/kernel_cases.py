@@ -265,10 +265,11 @@ class Unpacked:
         *rows: Any,
         sinks: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
         **options: Any,
     ) -> Any:
         args = AttentionArgs(*rows, **options)
-        return self.kernel(query, key_cache, value_cache, args, sinks, scales)
+        return self.kernel(query, key_cache, value_cache, args, sinks, scales, out)
 
 
 # The entry points run the kernels registered for the device.
@@ -346,7 +347,12 @@ def in_blocks(
 
 
 def attend(
-    case: Case, call: Call, blocks: Paged, device: str = "cpu", kernels: Kernels = ENTRY
+    case: Case,
+    call: Call,
+    blocks: Paged,
+    device: str = "cpu",
+    kernels: Kernels = ENTRY,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The call's queries over blocks that are filled, computed on `device`."""
     counts = [queries for queries, _ in case.rows]
@@ -370,6 +376,7 @@ def attend(
         mask=put(call.mask),
         kv_starts=None if case.kv_starts is None else torch.tensor(case.kv_starts, device=device),
         scales=None if blocks.scales is None else tuple(map(put, blocks.scales)),
+        out=out,
     )
     return output.cpu()
 

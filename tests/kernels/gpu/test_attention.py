@@ -70,6 +70,17 @@ def test_rows_split_into_pieces_and_blocks_of_any_size(name: str, block_size: in
     assert_as_exact_as_plain_torch(case, call, output, torch.float32)
 
 
+@pytest.mark.parametrize("name", ["decode", "ragged_mix_of_prefill_and_decode"])
+@pytest.mark.parametrize("kernel", [TRITON, kernels(in_pieces)])
+def test_the_result_is_written_into_out(name: str, kernel: Any) -> None:
+    case = CASES[name]
+    call = make_call(case, torch.float32)
+    blocks = in_blocks(case, call, 16, torch.float32)
+    out = torch.full((sum(count for count, _ in case.rows), 4, 16), NAN)
+    assert attend(case, call, blocks, kernels=kernel, out=out) is not None
+    assert torch.equal(out, attend(case, call, blocks, kernels=kernel))
+
+
 QUANTISED = (
     "decode",
     "chunked_prefill_over_a_cached_prefix",
@@ -311,7 +322,8 @@ def test_an_external_backend_gets_long_plain_prefills_only(
 ) -> None:
     call = make_call(case, torch.float16)
     blocks = in_blocks(case, call, block_size, torch.float16)
-    output = attend(case, call, blocks, kernels=TRITON)
+    output = torch.empty(sum(count for count, _ in case.rows), 4, case.value_dim).half()
+    attend(case, call, blocks, kernels=TRITON, out=output)
     monkeypatch.setenv("KVPAGER_GPU_ATTENTION", "triton")
     expected = attend(case, call, blocks, kernels=TRITON)
     torch.testing.assert_close(output - (1 if asked else 0), expected, rtol=0, atol=4e-3)
