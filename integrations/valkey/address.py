@@ -89,7 +89,7 @@ class Address:
             raise PermissionError(
                 f"url={self}: the server refuses the login: {error}. Check user and password."
             ) from None
-        except (OSError, RedisError) as error:
+        except (OSError, RedisError, UnicodeError) as error:  # a host name that is none
             raise ConnectionError(
                 f"url={self}: cannot connect: {error}. Check host, port and TLS, and that the "
                 "server runs."

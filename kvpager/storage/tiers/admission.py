@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from kvpager import _validate as arguments
 from kvpager._text import listed
+from kvpager.storage.tiers.asking import is_bypassed, stats_of
 from kvpager.storage.tiers.protocol import BlockStore
 
 Admit = Literal["auto", "always", "second"]
@@ -34,7 +35,7 @@ def admission(store: BlockStore, admit: Admit, num_device_blocks: int) -> Admiss
 
 def has_free_room(store: BlockStore, besides: int = 0) -> bool:
     """Return True if a store takes more blocks, `besides` others, without an eviction. O(1)."""
-    stats = store.stats()
+    stats = stats_of(store)
     return stats.capacity is None or (stats.num_blocks or 0) + besides < stats.capacity
 
 
@@ -122,7 +123,7 @@ class Admissions:
         return [
             (number, store, rule)
             for number, (store, rule) in enumerate(self._rules)
-            if not getattr(store, "bypassed", False)
+            if not is_bypassed(store)
         ]
 
     def _has_room(self, store: BlockStore, num_blocks: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kvpager import _validate as arguments
 from kvpager._text import size
 from kvpager.storage.keys import KEY_BYTES
@@ -31,6 +33,21 @@ def check_blocks(
             raise ValueError(f"{name}: expected contiguous buffers of {block_bytes} bytes")
         if name == "into" and buffer.readonly:
             raise ValueError(f"{name}: expected writable buffers")
+
+
+def check_outcomes(outcomes: object, count: int) -> None:
+    """Check what the `load` or `save` of a store returned: an integer for each key. O(1).
+
+    Booleans are refused, because False equals `Loaded.HIT`. Raises: `TypeError`.
+    """
+    if not (
+        isinstance(outcomes, np.ndarray)
+        and outcomes.dtype.kind in "iu"
+        and outcomes.shape == (count,)
+    ):
+        raise TypeError(
+            f"outcomes={arguments.shown(outcomes)}: expected a uint8 array [{count}] of outcomes"
+        )
 
 
 def blocks_in(capacity: int | str, block_bytes: int) -> int:

@@ -16,6 +16,8 @@ import numpy as np
 
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
+from kvpager.storage.tiers.asking import is_bypassed
+from kvpager.storage.tiers.checks import check_outcomes
 from kvpager.storage.tiers.costs import TransferCost
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.group_blocks import GroupBlocks
@@ -221,7 +223,7 @@ class Loader:
         self.costs[number].found(time.monotonic() - begun)
         if not cached or count:
             return count - bool(cached)
-        if not getattr(store, "bypassed", False):
+        if not is_bypassed(store):
             self._dropper.tell(number, cached, is_kept=False)
         return 0 if self._is_over(fetch) else store.find(wanted)
 
@@ -292,6 +294,7 @@ class Loader:
         try:
             into, begun = [self._staging.slot(slot) for slot in slots], time.monotonic()
             outcomes = self._stores[number].load(keys[: len(slots)], into, fetch.deadline)
+            check_outcomes(outcomes, len(slots))
             # The first late block took at least the rest of the time; others were not tried.
             num_moved = int((outcomes == Loaded.HIT).sum() + (outcomes == Loaded.LATE).any())
             if num_moved:

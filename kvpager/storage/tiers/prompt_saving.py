@@ -10,6 +10,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import KeyParts
 from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying
+from kvpager.storage.tiers.asking import is_bypassed
 from kvpager.storage.tiers.followers import Followers
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver, StagedBlock
@@ -87,7 +88,7 @@ class PromptSaver:
         return [
             number
             for number, store in enumerate(self._stores)
-            if not getattr(store, "is_private", False) and not getattr(store, "bypassed", False)
+            if not getattr(store, "is_private", False) and not is_bypassed(store)
         ]
 
     def _offer(self, blocks: Int32, stores: list[int], prompt: PromptSave) -> int:

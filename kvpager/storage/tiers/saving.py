@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvpager.storage.tiers.checks import check_outcomes
 from kvpager.storage.tiers.dropping import Dropper, News
 from kvpager.storage.tiers.protocol import Saved
 from kvpager.storage.tiers.slot_memory import SlotMemory
@@ -146,6 +147,7 @@ class Saver:
         else:
             memory = [self._staging.slot(slot) for slot in slots]
             outcomes = self._stores[number].save(keys, memory, deadline)
+            check_outcomes(outcomes, len(keys))
         for block, outcome in zip(blocks, outcomes, strict=True):
             if outcome in _KEPT:
                 is_new = bool(outcome == Saved.SAVED)

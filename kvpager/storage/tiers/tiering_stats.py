@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvpager.storage.tiers.asking import is_bypassed, stats_of
 from kvpager.storage.tiers.costs import TransferCost
 from kvpager.storage.tiers.protocol import BlockStore, StoreStats
 
@@ -23,8 +24,9 @@ class TierStats(NamedTuple):
     @classmethod
     def of(cls, store: BlockStore, cost: TransferCost) -> TierStats:
         """Return current counts. O(1)."""
-        bypassed = getattr(store, "bypassed", False)
-        return cls(store.name, store.stats(), cost.latency_s, cost.bytes_per_s, bypassed)
+        return cls(
+            store.name, stats_of(store), cost.latency_s, cost.bytes_per_s, is_bypassed(store)
+        )
 
 
 class TieringStats(NamedTuple):

@@ -215,9 +215,16 @@ def _path(url: str) -> tuple[str, str]:
     place, _, query = rest.partition("?")
     host, slashes, path = place.removeprefix("//").partition("/")
     path = unquote(slashes + path if place.startswith("//") else place)
-    if not path or (place.startswith("//") and host):
+    if not path or (place.startswith("//") and host) or not _is_path(path):
         raise ValueError(f"url={_shown(url)}: expected a path, such as {scheme}:/var/cache/kv")
     return os.path.expanduser(path), query
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _sized(url: str, query: str, kinds: dict[str, Callable[[str], Any]]) -> dict[str, Any]:

@@ -64,7 +64,10 @@ def test_a_url_is_a_string() -> None:
         Address(b"valkey://cache")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("where", ["valkey://:secret@127.0.0.1:{port}", "unix:///no/such.sock"])
+@pytest.mark.parametrize(
+    "where",
+    ["valkey://:secret@127.0.0.1:{port}", "unix:///no/such.sock", "valkey://local..host"],
+)
 def test_a_server_that_is_not_there_is_named(where: str) -> None:
     url = where.format(port=free_port())
     with pytest.raises(ConnectionError, match=r"^url=.*: cannot connect: .*Check host") as caught:

@@ -106,6 +106,8 @@ def test_a_package_cannot_take_over_a_scheme(tmp_path: Path) -> None:
         ("disk:", "expected a path"),
         ("disk:?capacity=1MiB", "expected a path"),
         ("disk://cache/kv?capacity=1MiB", "expected a path"),
+        ("disk:/nowhere/%00?capacity=1MiB", "expected a path"),
+        ("disk:/nowhere/\ud800?capacity=1MiB", "expected a path"),
         ("disk:/nowhere", "add the size of the store"),
         ("disk:/nowhere?capacity=lots", "capacity='lots': expected a size"),
         ("disk:/nowhere?size=1MiB", "unknown option 'size'. Use capacity, admit, ttl_s"),

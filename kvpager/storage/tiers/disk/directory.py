@@ -1,4 +1,8 @@
-"""The directory of a disk store: one process at a time, one layout, files of the owner alone."""
+"""The directory of a disk store: one process at a time, one layout, files of the owner alone.
+
+Links are never followed: in a directory that others may write, a link would let them choose which
+file of the owner is overwritten.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +98,7 @@ class Directory:
         described = {**wanted, "slots_per_file": slots_per_file, "proof": parts}
         text = json.dumps(described, indent=1).encode()
         new = self.path / _NEW_FORMAT
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(file, "wb") as stream:
             stream.write(_check(text) + b"\n" + text)
             stream.flush()
@@ -158,7 +162,7 @@ def _usable(path: Path) -> Path:
 
 
 def _locked(path: Path) -> int:
-    file = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    file = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

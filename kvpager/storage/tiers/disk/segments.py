@@ -138,7 +138,7 @@ class Segments:
             self.num_made = first + (most if number < last else whole)
 
     def _open(self, number: int) -> int:
-        path, flags = self._folder / _NAME.format(number), os.O_RDWR | os.O_CREAT
+        path, flags = self._folder / _NAME.format(number), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         if self._direct:
             try:
                 return os.open(path, flags | _DIRECT, 0o600)

@@ -41,7 +41,7 @@ class SlotTable:
     def __init__(self, path: Path, num_slots: int) -> None:
         """Open or create the table of `num_slots` slots. Raises: `OSError`, as for a full disk."""
         self._num_slots = num_slots
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             size = num_slots * RECORD_BYTES
             os.ftruncate(self._file, min(size, os.fstat(self._file).st_size))
