@@ -34,6 +34,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     BlockIDsLoadStoreSpec,
     CanonicalKVCaches,
     GPULoadStoreSpec,
+    Locality,
     LookupResult,
     Medium,
     OffloadingEvent,
@@ -47,6 +48,11 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     get_offload_group_idx,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
+from vllm.v1.kv_offload.tiering.base import (  # noqa: E402
+    JobResult,
+    SecondaryTierManager,
+    TransferJob,
+)
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 RELEASE = vllm.__version__
@@ -58,7 +64,9 @@ __all__ = [
     "CanonicalKVCaches",
     "FullAttentionSpec",
     "GPULoadStoreSpec",
+    "JobResult",
     "KVTransferConfig",
+    "Locality",
     "LookupResult",
     "Medium",
     "OffloadingConfig",
@@ -70,7 +78,9 @@ __all__ = [
     "PrepareStoreOutput",
     "ReqContext",
     "RequestOffloadingContext",
+    "SecondaryTierManager",
     "SlidingWindowSpec",
+    "TransferJob",
     "TransferResult",
     "UniformTypeKVCacheSpecs",
     "current_platform",

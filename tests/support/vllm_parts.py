@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,15 @@ from tests.support.vllm_stand_ins import installed
 with installed():
     from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCacheTensor
 
-    from kvpager.integrations.vllm import connector, identity, interface, options, releases, spec
+    from kvpager.integrations.vllm import (
+        connector,
+        identity,
+        interface,
+        options,
+        releases,
+        secondary,
+        spec,
+    )
     from kvpager.integrations.vllm.host_rows import HostRows
     from kvpager.integrations.vllm.lower_tiers import LowerTiers
     from kvpager.integrations.vllm.manager import KvpagerOffloadingManager
@@ -38,8 +47,11 @@ __all__ = [
     "identity",
     "interface",
     "key_of",
+    "model_config",
+    "offloading_config",
     "options",
     "releases",
+    "secondary",
     "spec",
 ]
 
@@ -73,6 +85,35 @@ def caches_of(
     refs = [[CanonicalKVCacheRef(number, page_bytes) for number in group] for group in groups]
     made = [CanonicalKVCacheTensor(tensor, page_bytes) for tensor in tensors]
     return interface.CanonicalKVCaches(made, refs)
+
+
+def model_config(**settings: Any) -> Any:
+    """Return the part of vLLM's model configuration that names a model."""
+    hf_config = SimpleNamespace(to_dict=lambda: {"_name_or_path": os.urandom(4), **settings})
+    return SimpleNamespace(hf_config=hf_config, quantization=None, dtype="float32")
+
+
+def offloading_config(
+    extra: dict[str, Any] | None = None, *, model: str = "a/b", **settings: Any
+) -> Any:
+    """Return the part of vLLM's configuration that a spec gets."""
+    parallel = dict(rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1)  # noqa: C408
+    group = SimpleNamespace(group_id=0, tokens_per_block=16, layer_names=("layers.0",))
+    made = SimpleNamespace(
+        groups=(group,),
+        worker_kv_bytes_per_block=3000,
+        enable_kv_cache_events=False,
+        extra_config={"host_memory": "1MiB", **(extra or {})},
+        engine_id=f"test-{os.urandom(6).hex()}",
+        model=SimpleNamespace(name=model, dtype="float32"),
+        cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=2),
+        parallel=SimpleNamespace(**parallel),
+        kv_cache_layout="LBHNC",
+        replicated_layout=False,
+        canonical_layout=False,
+    )
+    vars(made).update(settings)
+    return made
 
 
 class Node:

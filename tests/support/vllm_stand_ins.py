@@ -30,8 +30,10 @@ class KVTransferConfig:
 @contextmanager
 def set_current_vllm_config(config: Any) -> Iterator[None]:
     _config.append(config)
-    yield
-    _config.pop()
+    try:
+        yield
+    finally:
+        _config.pop()
 
 
 def get_current_vllm_config_or_none() -> Any:
@@ -57,6 +59,11 @@ class UniformTypeKVCacheSpecs:
 class Medium(Enum):
     CPU = "CPU"
     STORAGE = "STORAGE"
+
+
+class Locality(Enum):
+    LOCAL = "LOCAL"
+    REMOTE = "REMOTE"
 
 
 class LookupResult(Enum):
@@ -155,6 +162,30 @@ class TransferResult:
     transfer_time: float | None = None
 
 
+@dataclass
+class TransferJob:
+    job_id: int
+    keys: Any
+    chunk_ids: Any
+    is_promotion: bool
+    req_context: ReqContext
+
+
+@dataclass
+class JobResult:
+    job_id: int
+    success: bool
+    successful_keys: Any = None
+
+
+class SecondaryTierManager:
+    medium = None
+    cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
+
+    def __init__(self, offloading_spec: Any, view: memoryview, tier_type: str, detector: Any):
+        self.tier_type = tier_type
+
+
 class OffloadingManager: ...
 
 
@@ -177,9 +208,9 @@ def get_offload_group_idx(key: bytes) -> int:
 
 _BASE = (
     BlockIDsLoadStoreSpec, CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor,
-    GPULoadStoreSpec, LookupResult, Medium, OffloadingEvent, OffloadingManager, OffloadingSpec,
-    OffloadingWorker, PrepareStoreOutput, ReqContext, RequestOffloadingContext, TransferResult,
-    get_offload_group_idx,
+    GPULoadStoreSpec, Locality, LookupResult, Medium, OffloadingEvent, OffloadingManager,
+    OffloadingSpec, OffloadingWorker, PrepareStoreOutput, ReqContext, RequestOffloadingContext,
+    TransferResult, get_offload_group_idx,
 )  # fmt: skip
 _MODULES: dict[str, tuple[Any, ...]] = {
     "vllm": (),
@@ -197,6 +228,7 @@ _MODULES: dict[str, tuple[Any, ...]] = {
     ),
     "vllm.v1.kv_offload.base": _BASE,
     "vllm.v1.kv_offload.config": (OffloadingConfig,),
+    "vllm.v1.kv_offload.tiering.base": (JobResult, SecondaryTierManager, TransferJob),
     "vllm.v1.metrics.cache_hit_source": (CacheHitSource,),
 }
 

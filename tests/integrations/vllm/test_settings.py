@@ -20,6 +20,8 @@ from tests.support.vllm_parts import (
     connector,
     identity,
     interface,
+    model_config,
+    offloading_config,
     options,
     releases,
     spec,
@@ -36,35 +38,9 @@ def rows_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spec, "HostRows", partial(HostRows, folder=str(folder)))
 
 
-def model_config(**settings: Any) -> Any:
-    hf_config = SimpleNamespace(to_dict=lambda: {"_name_or_path": os.urandom(4), **settings})
-    return SimpleNamespace(hf_config=hf_config, quantization=None, dtype="float32")
-
-
-def config(extra: dict[str, Any] | None = None, *, model: str = "a/b", **settings: Any) -> Any:
-    """Return the part of vLLM's configuration that a spec gets."""
-    parallel = dict(rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1, dcp_size=1)  # noqa: C408
-    group = SimpleNamespace(group_id=0, tokens_per_block=16, layer_names=("layers.0",))
-    made = SimpleNamespace(
-        groups=(group,),
-        worker_kv_bytes_per_block=3000,
-        enable_kv_cache_events=False,
-        extra_config={"host_memory": "1MiB", **(extra or {})},
-        engine_id=f"test-{os.urandom(6).hex()}",
-        model=SimpleNamespace(name=model, dtype="float32"),
-        cache=SimpleNamespace(tokens_per_hash=16, blocks_per_chunk=2),
-        parallel=SimpleNamespace(**parallel),
-        kv_cache_layout="LBHNC",
-        replicated_layout=False,
-        canonical_layout=False,
-    )
-    vars(made).update(settings)
-    return made
-
-
 def spec_of(extra: dict[str, Any] | None = None, **settings: Any) -> Any:
     with interface.set_current_vllm_config(SimpleNamespace(model_config=model_config())):
-        return spec.KvpagerOffloadingSpec(config(extra, **settings))
+        return spec.KvpagerOffloadingSpec(offloading_config(extra, **settings))
 
 
 # ---------------------------------------------------------------- settings
@@ -147,7 +123,7 @@ def test_a_kind_of_layer_that_cannot_be_kept_is_refused() -> None:
 
 def test_a_spec_without_the_connector_is_refused() -> None:
     with pytest.raises(ValueError, match='expected "KvpagerOffloadingConnector"'):
-        spec.KvpagerOffloadingSpec(config())
+        spec.KvpagerOffloadingSpec(offloading_config())
 
 
 # ---------------------------------------------------------------- the spec
@@ -209,7 +185,7 @@ def fingerprint(
     model_id: str | None = "b@1", settings: Any = None, rows: str = "kvpager", **changes: Any
 ) -> bytes:
     layout = identity.chunk_layout(
-        config(**changes), settings or model_config(theta=1e4), model_id, 4096, rows
+        offloading_config(**changes), settings or model_config(theta=1e4), model_id, 4096, rows
     )
     return layout.fingerprint
 
@@ -245,7 +221,8 @@ def test_equal_models_in_other_folders_share(tmp_path: Path) -> None:
 
 
 def test_keys_in_stores_differ_by_layout_and_key() -> None:
-    layouts = [identity.chunk_layout(config(), model_config(), name, 4096, "k") for name in "ab"]
+    made = (offloading_config(), model_config())
+    layouts = [identity.chunk_layout(*made, name, 4096, "kvpager") for name in "ab"]
     keys = {identity.store_keys(layout)(key) for layout in layouts for key in (b"k", b"l")}
     assert len(keys) == 4
     assert {len(key) for key in keys} == {32}
