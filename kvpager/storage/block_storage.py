@@ -9,6 +9,10 @@ run of memory through all layers. So copy-on-write is one memory copy and a swap
 that stores one layer after the other needs two of each per layer. `BlockStorage` does not know
 `BlockManager`: it holds tensors and carries out plans of any origin.
 
+The modes "virtual" and "reserved" keep the tokens of a block one after the other, each with all its
+layers: `[blocks, block_size, layers, 2, kv_heads, head_dim]`. So a layer of consecutive blocks is
+one strided tensor (`open_rows`).
+
 Keys and values may be stored in eight bits (`kv_cache_dtype`), with one scale per token and head.
 The scales lie inside the block, so whatever moves a block moves its scales too. The tier is then a
 tensor of bytes. Every part starts at a multiple of 16 bytes, after 0 to 15 unused bytes:
@@ -31,11 +35,13 @@ from torch import Tensor
 from kvpager import _validate as arguments
 from kvpager._text import counted, listed
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
+from kvpager.modes import ModeName, mode_named
+from kvpager.modes.protocol import Memory, Rows, layer_caches
 from kvpager.ops import LayerCaches, copy_blocks
 from kvpager.plans import CopyPlan, Int32, Tier
 from kvpager.storage import streams
-from kvpager.storage.layout import KVCacheDtype, Part, block_layout
-from kvpager.storage.memory import allocate, host_pages
+from kvpager.storage.layout import KVCacheDtype, StorageLayout, storage_layout
+from kvpager.storage.memory import host_pages
 
 LayerCache = tuple[Tensor, Tensor]
 LayerScales = tuple[Tensor, Tensor]
@@ -66,6 +72,9 @@ class BlockStorage:
     "fp8_e4m3". In that case `dtype` is the dtype of queries and outputs, and kernels need `scales`
     beside `layer`.
 
+    `mode` is how rows find their blocks: "paged" by block tables, which all kernels read. "virtual"
+    and "reserved" also offer rows as runs of memory (`open_rows`); see `kvpager.modes`.
+
     Memory is not zeroed. On a CPU, pages never written take no memory (see `memory`). Numbers in
     slots that no query sees, NaNs included, never reach the output of a kernel.
 
@@ -74,6 +83,7 @@ class BlockStorage:
         layers: the layers' shapes, in order.
         dtype: of keys and values in the maths, and in memory unless `kv_cache_dtype` is set.
         kv_cache_dtype: the eight-bit format of keys and values; None if they are stored as `dtype`.
+        mode: "paged", "virtual" or "reserved".
     """
 
     def __init__(
@@ -87,12 +97,13 @@ class BlockStorage:
         device: torch.device | str = "cpu",
         num_host_blocks: int = 0,
         pinned: bool = False,
+        mode: ModeName = "paged",
     ) -> None:
         """Allocate the blocks. O(1) on a CPU, O(bytes) if memory is page-locked.
 
         Raises:
-            ValueError: a size is not positive, `block_size` is not a power of two, or
-                `kv_cache_dtype` is unknown.
+            ValueError: a size is not positive, `block_size` is not a power of two,
+                `kv_cache_dtype` or `mode` is unknown, or the mode does not support the device.
             TypeError: `dtype` is not a floating dtype of at least 16 bits, or `layers` is a single
                 `LayerShape`.
         """
@@ -103,10 +114,12 @@ class BlockStorage:
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
         arguments.flag("pinned", pinned)
-        _, run = self._layout(self.layers)
+        self.mode, self._mode = mode, mode_named(mode)
+        run = self._layout(self.layers).num_elements
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
-            self._device_tier = allocate(num_blocks, run, stored, device, pinned=pinned)
+            place = torch.device(device)
+            self._memory = self._mode.allocate(num_blocks, run, stored, place, pinned)
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
             self._host_tier = host_pages(num_host_blocks, run, stored, pinned=swaps)
             self._caches = self._layer_caches(self.layers, self._device_tier)
@@ -128,11 +141,17 @@ class BlockStorage:
         *,
         dtype: torch.dtype,
         kv_cache_dtype: KVCacheDtype | None = None,
+        mode: ModeName = "paged",
     ) -> int:
         """Return `block_bytes` of a storage with these arguments. O(layers)."""
         stored, shapes = _stored_dtype(dtype, kv_cache_dtype), _layer_shapes(layers)
-        block_size = arguments.block_size(block_size)
-        return block_layout(block_size, shapes, dtype, kv_cache_dtype)[1] * stored.itemsize
+        block_size, order = arguments.block_size(block_size), mode_named(mode).token_first
+        layout = storage_layout(block_size, shapes, dtype, kv_cache_dtype, token_first=order)
+        return layout.num_elements * stored.itemsize
+
+    @property
+    def _device_tier(self) -> Tensor:
+        return self._memory.tier
 
     @property
     def num_blocks(self) -> int:
@@ -206,6 +225,20 @@ class BlockStorage:
         self._order.enter()
         return self._caches[index]
 
+    def open_rows(self, num_rows: int, max_length: int) -> Rows:
+        """Return rows of up to `max_length` tokens over the device blocks. O(rows * blocks).
+
+        `grow`, `shrink` and `keep_layers` replace them, as they do the views of `layer`. The rows
+        of "virtual" stay right when the storage grows or shrinks.
+        Raises: `ValueError` if the mode has no rows, or not so many; `OSError` if the system lacks
+        addresses for them.
+        """
+        num_rows = arguments.count("num_rows", num_rows, at_least=1)
+        max_length = arguments.count("max_length", max_length, at_least=1)
+        num_blocks = -(-max_length // self.block_size)
+        layout = self._layout(self.layers)
+        return self._mode.open_rows(self._memory, layout, num_rows, num_blocks)
+
     def copy(self, copies: Int32) -> None:
         """Copy device blocks for pairs (source, destination), int32 [n, 2]. O(n * block_bytes).
 
@@ -268,7 +301,8 @@ class BlockStorage:
         """Raise the device tier to `num_blocks` and keep the contents. O(nbytes).
 
         Old and new tensor exist at the same time during the copy. Views and tensors returned
-        earlier still refer to the old tensor. On a GPU the copy runs after all writes queued on any
+        earlier still refer to the old tensor. With mode "virtual" nothing is copied, and earlier
+        views show the same memory. On a GPU the copy runs after all writes queued on any
         stream, and before all work queued later. If memory is short, torch raises and the storage
         is unchanged. Raises: `ValueError` if `num_blocks` is below the current number.
         """
@@ -284,11 +318,10 @@ class BlockStorage:
     def _resize(self, num_blocks: int) -> None:
         if num_blocks == self.num_blocks:
             return
-        kept = min(num_blocks, self.num_blocks)
+        self._order.enter()
         with torch.inference_mode(False):
-            other = self._new_device_tier(num_blocks, self._device_tier.shape[1])
-            other[:kept].copy_(self._device_tier[:kept])
-            self._replace(self.layers, other, self._host_tier)
+            memory = self._mode.resized(self._memory, num_blocks, self._pinned[0])
+            self._replace(self.layers, memory, self._host_tier)
 
     def keep_layers(self, count: int) -> None:
         """Drop all layers but the first `count`, and free their memory. O(nbytes).
@@ -303,39 +336,36 @@ class BlockStorage:
         if count == len(self.layers):
             return
         layers, dtype = self.layers[:count], self._host_tier.dtype
-        _, run = self._layout(layers)
+        layout, whole = self._layout(layers), self._layout(self.layers)
         with torch.inference_mode(False):
-            # Layers are in order within a block, so the first layers are its front.
-            device_tier = self._new_device_tier(self.num_blocks, run)
-            device_tier.copy_(self._device_tier[:, :run])
-            host_tier = host_pages(self.num_host_blocks, run, dtype, pinned=self._pinned[1])
-            host_tier.copy_(self._host_tier[:, :run])
+            self._order.enter()
+            tier = self._device_tier
+            memory = self._mode.allocate(
+                self.num_blocks, layout.num_elements, tier.dtype, tier.device, self._pinned[0]
+            )
+            host_tier = host_pages(
+                self.num_host_blocks, layout.num_elements, dtype, pinned=self._pinned[1]
+            )
+            for new, old in ((memory.tier, tier), (host_tier, self._host_tier)):
+                layout.runs(new).copy_(whole.runs(old)[..., : layout.run_elements])
             self._host_reads.wait()  # before the old host tier is freed
-            self._replace(layers, device_tier, host_tier)
+            self._replace(layers, memory, host_tier)
 
-    def _new_device_tier(self, num_blocks: int, run: int) -> Tensor:
-        """Return new memory like the device tier, for the current stream to fill."""
-        self._order.enter()
-        tier = self._device_tier
-        return allocate(num_blocks, run, tier.dtype, tier.device, pinned=self._pinned[0])
-
-    def _replace(self, layers: tuple[LayerShape, ...], device: Tensor, host: Tensor) -> None:
-        caches = self._layer_caches(layers, device)
-        self._order.replace(device)
+    def _replace(self, layers: tuple[LayerShape, ...], memory: Memory, host: Tensor) -> None:
+        caches = self._layer_caches(layers, memory.tier)
+        self._order.replace(memory.tier)
         # In one statement: an interrupt must not leave views of freed memory.
-        state = layers, device, host, caches
-        self.layers, self._device_tier, self._host_tier, self._caches = state
+        state = layers, memory, host, caches
+        self.layers, self._memory, self._host_tier, self._caches = state
 
-    def _layout(self, layers: Sequence[LayerShape]) -> tuple[list[list[Part]], int]:
-        return block_layout(self.block_size, layers, self.dtype, self.kv_cache_dtype)
+    def _layout(self, layers: Sequence[LayerShape]) -> StorageLayout:
+        return storage_layout(
+            self.block_size, layers, self.dtype, self.kv_cache_dtype,
+            token_first=self._mode.token_first,
+        )  # fmt: skip
 
     def _layer_caches(self, layers: tuple[LayerShape, ...], device: Tensor) -> list[LayerCaches]:
-        layout, _ = self._layout(layers)
-        views = ([part.view(device) for part in parts] for parts in layout)
-        return [
-            LayerCaches(key, value, (scales[0], scales[1]) if scales else None)
-            for key, value, *scales in views
-        ]
+        return [layer_caches(views) for views in self._layout(layers).views(device)]
 
 
 def _as_copies(copies: Int32) -> Int32:

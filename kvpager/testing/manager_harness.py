@@ -14,7 +14,7 @@ from typing import Any
 from kvpager.blocks.manager import BlockManager
 from kvpager.errors import OutOfBlocks
 from kvpager.testing.histories import Operation, Violation
-from kvpager.testing.memory import Content, HostBorrower, TokenMemory, misplaced
+from kvpager.testing.memory import Content, HostBorrower, MakeMemory, TokenMemory, misplaced
 from kvpager.testing.setups import Setup
 
 _FREED_KEPT = 4
@@ -53,12 +53,19 @@ class ManagerHarness:
     `counts`: the number of operations by name, of refused calls and of prefix hits.
     """
 
-    def __init__(self, setup: Setup, manager: Any, *, check_every: int | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        manager: Any,
+        *,
+        check_every: int | None = None,
+        make_memory: MakeMemory = TokenMemory,
+    ) -> None:
         self.setup = setup
         self.manager = manager
         self.size = setup.block_size
         self.check_every = setup.check_every if check_every is None else check_every
-        self.memory = TokenMemory(setup.num_blocks, self.size, setup.num_host_blocks)
+        self.memory = make_memory(setup.num_blocks, self.size, setup.num_host_blocks)
         self.borrower = HostBorrower(self.memory)
         self.is_lending = False  # the manager knows the borrower
         self.rows: list[LiveSequence] = []

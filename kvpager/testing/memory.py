@@ -6,7 +6,7 @@ tokens up to it. A prefix that was reused wrongly therefore reads back as wrong 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from zlib import crc32
 
 import numpy as np
@@ -137,6 +137,9 @@ class TokenMemory:
         before = self.tiers["device"][:num_blocks]
         self.tiers["device"] = np.full((num_blocks, self.block_size), UNWRITTEN, np.int64)
         self.tiers["device"][: len(before)] = before
+
+
+MakeMemory = Callable[[int, int, int], TokenMemory]
 
 
 class HostBorrower:

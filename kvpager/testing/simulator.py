@@ -31,6 +31,7 @@ from kvpager.testing.histories import (
     supported,
 )
 from kvpager.testing.manager_harness import ManagerHarness
+from kvpager.testing.memory import MakeMemory, TokenMemory
 from kvpager.testing.operations import SEQUENCE_OPERATIONS
 from kvpager.testing.pool_operations import POOL_OPERATIONS
 from kvpager.testing.setups import MakeManager, Setup, draw_setup, make_block_manager
@@ -86,6 +87,7 @@ def simulate(
     operations: int,
     *,
     make_manager: MakeManager = make_block_manager,
+    make_memory: MakeMemory = TokenMemory,
     shrinking: bool = True,
 ) -> Report:
     """Run `operations` operations drawn from `seed`. O(operations), more if it shrinks.
@@ -94,11 +96,17 @@ def simulate(
         seed: the same seed gives the same report, except `seconds`.
         operations: the number of operations.
         make_manager: makes the manager from a `Setup`; `BlockManager` by default.
+        make_memory: makes the token slots, from the arguments of `TokenMemory`.
         shrinking: shrink a failing history.
     """
     random = Random(seed)
     setup = draw_setup(random)
-    harness = ManagerHarness(setup, make_manager(setup))
+
+    def make_harness(check_every: int | None = None) -> ManagerHarness:
+        manager = make_manager(setup)
+        return ManagerHarness(setup, manager, check_every=check_every, make_memory=make_memory)
+
+    harness = make_harness()
     history: History = []
     begin = perf_counter()
     failure = _drive(random, harness, operations, history)
@@ -107,7 +115,7 @@ def simulate(
     if failure is None:
         history = []
     elif shrinking:
-        failure, history = _shrunk(failure, history, setup, make_manager)
+        failure, history = _shrunk(failure, history, make_harness)
     return Report(seed, setup, num_done, seconds, harness.counts, failure, history)
 
 
@@ -135,13 +143,11 @@ def _drive(
 
 
 def _shrunk(
-    failure: Failure, history: History, setup: Setup, make_manager: MakeManager
+    failure: Failure, history: History, make_harness: Callable[[int], ManagerHarness]
 ) -> tuple[Failure, History]:
     def failure_of(history: History) -> Failure | None:
         # Check everything after every operation, to find the earliest failure.
-        return replay(
-            history, OPERATIONS, ManagerHarness(setup, make_manager(setup), check_every=1)
-        )
+        return replay(history, OPERATIONS, make_harness(1))
 
     early = failure_of(history) or failure
     history = history[: early.at + 1]

@@ -109,7 +109,7 @@ def test_a_new_tensor_is_filled_between_old_and_new_writes(
         two_streams.log.append("a new tensor")
         return memory.allocate(*arguments, **options)
 
-    monkeypatch.setattr("kvpager.storage.block_storage.allocate", allocate)
+    monkeypatch.setattr("kvpager.modes.plain_memory.allocate", allocate)
     change(storage)
     log = [line for line in two_streams.take_log() if "first waits for first" not in line]
     assert log[:2] == ["first waits for second", "a new tensor"]

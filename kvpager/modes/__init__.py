@@ -1,0 +1,28 @@
+"""Modes of managing KV memory, behind one interface: paged, virtual and reserved.
+
+    paged     blocks anywhere in the pool; attention follows block tables
+    virtual   blocks anywhere in the pool, and mapped into a range of addresses for each row: so
+              attention reads a row as one tensor (vAttention, Prabhu et al. 2024)
+    reserved  a region of the greatest length for each row: what paging replaced
+
+`BlockStorage(mode=...)` chooses one.
+"""
+
+from typing import Literal
+
+from kvpager._text import listed
+from kvpager.modes.paged import Paged
+from kvpager.modes.protocol import Mode
+from kvpager.modes.reserved import Reserved
+from kvpager.modes.virtual import Virtual
+
+ModeName = Literal["paged", "virtual", "reserved"]
+
+_MODES: dict[str, type[Mode]] = {each.name: each for each in (Paged, Virtual, Reserved)}
+
+
+def mode_named(name: str) -> Mode:
+    """Return a mode by its name. O(1). Raises: `ValueError` for an unknown one."""
+    if name not in _MODES:
+        raise ValueError(f"mode={name!r}: expected one of {listed(_MODES)}")
+    return _MODES[name]()

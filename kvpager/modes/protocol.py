@@ -1,0 +1,89 @@
+"""What a mode of managing KV memory provides: memory for blocks, and rows over them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvpager.modes.page_pool import PagePool
+from kvpager.ops import LayerCaches
+from kvpager.plans import Int32
+from kvpager.storage.layout import StorageLayout
+
+
+class Memory(NamedTuple):
+    """The memory of blocks: [blocks, elements per block], and its pages if they can be mapped."""
+
+    tier: Tensor
+    pool: PagePool | None = None
+
+
+class Rows(Protocol):
+    """Rows of a batch, each of which is one run of tokens in every layer.
+
+    A row shows the blocks of one sequence in order. `caches(layer)` are tensors
+    [rows, tokens, heads, dim], which attention reads without a block table.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows."""
+
+    @property
+    def num_blocks(self) -> int:
+        """The most blocks of a row."""
+
+    def caches(self, layer: int) -> LayerCaches:
+        """Return a layer's keys and values, [rows, tokens, heads, dim]. O(1).
+
+        Slots beyond a row's blocks must not be written. Raises: `IndexError` for an unknown layer.
+        """
+
+    def follow(self, rows: Int32, tables: Int32) -> None:
+        """Let `rows` [n] show the blocks of `tables`, int32 [n, columns], -1 for none.
+
+        Call it after each change of block tables, and before the rows are read.
+        """
+
+    def release(self, rows: Int32) -> None:
+        """Let rows show nothing. O(blocks)."""
+
+
+class Mode(Protocol):
+    """A way to manage KV memory."""
+
+    @property
+    def name(self) -> str:
+        """ "paged", "virtual" or "reserved"."""
+
+    @property
+    def token_first(self) -> int | None:
+        """None if blocks are block-first; otherwise the bytes of which a block is a multiple."""
+
+    def allocate(
+        self, num_blocks: int, run: int, dtype: torch.dtype, device: torch.device, pinned: bool
+    ) -> Memory:
+        """Return uninitialised memory [num_blocks, run]. Raises: errors of the allocation."""
+
+    def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:
+        """Return memory for `num_blocks` with the contents of the first blocks of `memory`.
+
+        "virtual" shares them, in O(1), and its rows stay as they are. Other modes copy, in
+        O(bytes). Raises: errors of the allocation.
+        """
+
+    def open_rows(
+        self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
+    ) -> Rows:
+        """Return rows of up to `num_blocks` blocks each over `memory`.
+
+        Raises: `ValueError` if the mode has no rows, or not so many.
+        """
+
+
+def layer_caches(views: list[Tensor]) -> LayerCaches:
+    """Return key, value and scales, if there are any, as one object. O(1)."""
+    key, value, *scales = views
+    return LayerCaches(key, value, (scales[0], scales[1]) if scales else None)
