@@ -73,6 +73,7 @@ class VirtualRows:
         self._pool = _pool_of(memory)
         self._page_bytes = self._pool.page_bytes
         self._range = AddressRange(num_rows * num_blocks * self._page_bytes)
+        self._last: tuple[bytes, tuple[int, ...], bytes] | None = None  # the call of `follow`
         self._mapped: Int32 = np.full((num_rows, num_blocks), _NONE, np.int32)
         elements = self._range.tensor.view(memory.tier.dtype).view(num_rows, -1)
         self._caches = [layer_caches(views) for views in layout.views(elements)]
@@ -83,56 +84,45 @@ class VirtualRows:
     def follow(self, rows: Int32, tables: Int32) -> None:
         """Map what changed, each run of neighbours by one call. O(blocks compared + runs changed).
 
-        A row's blocks behind the columns of `tables` are unmapped. Raises: `OSError` if the system
-        refuses; rows that are mapped by then stay so.
+        A row's blocks behind the columns of `tables` are unmapped. `rows` must differ from each
+        other. A call like the one before it only compares. Raises: `OSError` if the system refuses;
+        then the next call maps what is missing.
         """
-        rows, columns = np.asarray(rows), tables.shape[1]
-        shown = self._mapped[_as_slice(rows)]
-        if np.array_equal(shown[:, :columns], tables) and (shown[:, columns:] == _NONE).all():
+        call = rows.tobytes(), tables.shape, tables.tobytes()
+        if call == self._last:
             return
+        self._last = None
         wanted = np.full((len(rows), self.num_blocks), _NONE, np.int32)
-        wanted[:, :columns] = np.maximum(tables, _NONE)
-        self._map(rows, wanted)
+        wanted[:, : tables.shape[1]] = np.maximum(tables, _NONE)
+        index, column = np.nonzero(self._mapped[rows] != wanted)
+        self._map(rows[index], column, wanted[index, column])
+        self._last = call
 
     def release(self, rows: Int32) -> None:
         """Unmap all blocks of rows. O(blocks)."""
         self.follow(rows, np.empty((len(rows), 0), np.int32))
 
-    def _map(self, rows: Int32, wanted: Int32) -> None:
-        index, column = np.nonzero(self._mapped[rows] != wanted)
-        row, block = rows[index], wanted[index, column]
-        place = row.astype(np.int64) * self.num_blocks + column
-        for start, stop in _runs(row, column, block):
-            count, first = stop - start, int(block[start])
-            address = int(place[start]) * self._page_bytes
-            mapped = self._mapped[row[start], column[start] : column[start] + count]
-            mapped[:] = _UNKNOWN  # if an interrupt comes now, the next call maps them again
-            if first == _NONE:
-                self._range.unmap(address, count * self._page_bytes)
+    def _map(self, rows: Int32, columns: NDArray[np.int64], blocks: Int32) -> None:
+        """Map a block, or none, at each place; neighbours in both are mapped by one call."""
+        places = rows.astype(np.int64) * self.num_blocks + columns
+        is_none = blocks == _NONE
+        step = np.diff(blocks)
+        is_next = np.diff(places) == 1
+        is_next &= np.where(is_none[:-1], is_none[1:], (step == 1) & ~is_none[1:])
+        starts = np.flatnonzero(np.concatenate((np.ones(min(len(rows), 1), bool), ~is_next)))
+        counts = np.diff(starts, append=len(rows))
+        self._mapped[rows, columns] = _UNKNOWN  # until all is mapped: an interrupt may come
+        for place, block, count in zip(
+            places[starts].tolist(), blocks[starts].tolist(), counts.tolist(), strict=True
+        ):
+            start = place * self._page_bytes
+            if block == _NONE:
+                self._range.unmap(start, count * self._page_bytes)
             else:
-                self._pool.map(self._range.address + address, first, count)
-            mapped[:] = block[start:stop]
+                self._pool.map(self._range.address + start, block, count)
+        self._mapped[rows, columns] = blocks
 
 
 def _pool_of(memory: Memory) -> PagePool:
     assert memory.pool is not None, "the memory of this mode has a pool"
     return memory.pool
-
-
-def _as_slice(rows: NDArray[np.int32]) -> slice | NDArray[np.int32]:
-    """Return consecutive rows as a slice, whose elements NumPy need not copy."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows
-
-
-def _runs(row: Int32, column: NDArray[np.int64], block: Int32) -> list[tuple[int, int]]:
-    """Return the ranges whose places are neighbours, and their blocks too or all none."""
-    if not len(row):
-        return []
-    is_next = (np.diff(row) == 0) & (np.diff(column) == 1)
-    is_next &= (np.diff(block) == 1) & (block[:-1] != _NONE) | (block[:-1] == _NONE) & (
-        block[1:] == _NONE
-    )
-    starts = np.flatnonzero(np.concatenate(([True], ~is_next)))
-    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(row)], strict=True))
