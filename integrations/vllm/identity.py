@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ import torch
 from kvpager.integrations.vllm.interface import RELEASE, OffloadingConfig, current_platform
 from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
+from kvpager.storage.weights import model_digest
 
-_WEIGHTS = {".bin", ".gguf", ".json", ".pt", ".pth", ".safetensors"}
 _UNNAMED = ("_name_or_path", "transformers_version")  # differ between equal models
 
 
@@ -60,32 +58,6 @@ def store_keys(layout: BlockLayout) -> Callable[[bytes], bytes]:
         return hashlib.blake2b(key, digest_size=KEY_BYTES, key=fingerprint).digest()
 
     return store_key
-
-
-def model_digest(name: str) -> str:
-    """Return a digest of the files of a local model. O(bytes).
-
-    Raises: `ValueError` if `name` is no directory and no file.
-    """
-    files = sorted(_files(Path(name)))
-    if not files:
-        raise ValueError(
-            f"model={name!r}: kvpager can only read the weights of a local directory. Name the "
-            'model in the stores: offload(..., model_id="NAME@REVISION").'
-        )
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as content:
-            digest.update(f"{file.name} {os.path.getsize(file)} ".encode())
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-    elif path.is_dir():
-        yield from (each for each in path.iterdir() if each.suffix in _WEIGHTS)
 
 
 def _settings(model_config: Any) -> str:
