@@ -29,6 +29,7 @@ OPTIONAL = {
     "prometheus_client",
     "pytest",
     "rich",
+    "sglang",
     "tqdm",
     "transformers",
     "triton",
