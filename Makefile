@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all checks lint format types tests slow conformance setup-services docs diagrams matrix vllm crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all checks lint format types tests slow conformance setup-services docs diagrams matrix vllm sglang crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -75,6 +75,10 @@ matrix: ## the tests on the oldest and newest releases of Python, torch and tran
 vllm: $(STAMP) ## kvpager's tiers below vLLM itself, on the CPU, in .venv-vllm (1.3 GB, made once)
 	@$(BIN)/python tests/vllm_environment.py
 	@HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -o filterwarnings= -o faulthandler_timeout=900 tests/integrations/vllm $(ARGS)
+
+sglang: $(STAMP) ## kvpager's stores below SGLang itself, on the CPU, in .venv-sglang over .venv-vllm (made once)
+	@$(BIN)/python tests/sglang_environment.py
+	@HF_HUB_OFFLINE=1 .venv-sglang/bin/python -m pytest -q -o filterwarnings= -o faulthandler_timeout=900 tests/integrations/sglang $(ARGS)
 
 crash: $(STAMP) ## the disk store: 1,000 killed processes and power losses, flipped bits, damage; ARGS='--kills 50' for fewer
 	@$(BIN)/python tests/crash.py $(ARGS)
@@ -152,7 +156,7 @@ endef
 export GPU_WORKERS
 
 clean: ## remove .venv, caches and builds
-	rm -rf .venv .venv-matrix .venv-vllm .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-matrix .venv-sglang .venv-vllm .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find $(CODE) tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # One environment, remade when what it holds is to change. A Python without ensurepip (some Linux

@@ -19,6 +19,7 @@ from kvpager.integrations.sglang.interface import (
 )
 from kvpager.integrations.sglang.options import Options
 from kvpager.integrations.sglang.pages import Bytes, HostPages
+from kvpager.storage.tiers.asking import is_bypassed
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 from kvpager.storage.tiers.urls import are_private, bare_url, open_stores
 
@@ -138,7 +139,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
         kept = np.zeros(len(names), bool)
         blocks = [_flat(np.ascontiguousarray(part)) for part in parts]
         for store in self._stores:
-            if not getattr(store, "bypassed", False):
+            if not is_bypassed(store):
                 outcomes = store.save(names, blocks, deadline)
                 kept |= (outcomes == Saved.SAVED) | (outcomes == Saved.KNOWN)
         return kept
@@ -152,7 +153,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
 
 
 def _flat(part: Bytes) -> memoryview:
-    return memoryview(part.reshape(-1)).cast("B")
+    return part.reshape(-1).data
 
 
 def rank_tiers(tiers: tuple[str, ...], config: HiCacheStorageConfig) -> list[str]:
