@@ -1,6 +1,6 @@
 """Run SGLang with a store of kvpager: find a prompt on disk that an earlier run computed.
 
-    python examples/sglang/offload.py MODEL FOLDER        # run it twice: the second finds the prompt
+    python examples/sglang/offload.py MODEL FOLDER    # run it twice: the second finds the prompt
 
 MODEL is a local directory. Prints how many tokens of the prompt came from the store. A third
 argument "cpu" selects what SGLang needs on a CPU.
