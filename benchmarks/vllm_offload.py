@@ -3,10 +3,13 @@
     make vllm                                          # once: it makes .venv-vllm
     .venv-vllm/bin/python benchmarks/vllm_offload.py
 
-Two engines of a small llama in float32 take turns, each in a process of its own, on one thread.
+Engines of a small llama in float32 take turns, each in a process of its own, on one thread: vLLM
+`without` kvpager, with its `offload` connector, and with the synchronous `connector`.
+
 `first_token`: a prompt of 2,048 tokens was computed before, and has left the device. `cold`: a
-prompt that is new, and 16 tokens. `cpu` is user and system time of the process, `wall` is elapsed
-time. `of_without` divides by the time of vLLM alone, the median over the turns.
+prompt that is new, and 16 tokens. `disk`, `valkey`: the first token of a prompt that another
+process computed and stored. `cpu` is user and system time of the process, `wall` is elapsed time.
+`of_without` divides by the time of vLLM alone, the median over the turns.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from tests.support.vllm_scenarios import ENVIRONMENT, Driver, tokens  # noqa: E402
 
 PREFIX = 2048
+HOST_MEMORY = "512MiB"
 MODEL = {
     "vocab_size": 2048,
     "hidden_size": 512,
@@ -41,7 +46,8 @@ MODEL = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-MODES = ("without", "offload")
+MODES = ("without", "offload", "connector")
+KINDS = ("first_token", "cold", "disk", "valkey")
 
 
 def save_model(folder: str) -> None:
@@ -52,13 +58,15 @@ def save_model(folder: str) -> None:
     LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)
 
 
-def serve(model: str, mode: str) -> None:
+def serve(model: str, mode: str, tiers: list[str]) -> None:
     """Answer `KIND NUMBER` lines with the seconds that the request took."""
     settings = {}
-    if mode == "offload":
+    if mode != "without":
         from kvpager.integrations.vllm import offload
 
-        settings["kv_transfer_config"] = offload("1GiB")
+        settings["kv_transfer_config"] = offload(
+            HOST_MEMORY, tiers=tiers, synchronous=mode == "connector"
+        )
     driver = Driver(model, 300, max_len=4096, **settings)
     prefix = tokens(1, PREFIX)
     driver.ask([prefix + tokens(2, 40)], 1)
@@ -66,21 +74,23 @@ def serve(model: str, mode: str) -> None:
     for line in sys.stdin:
         kind, number = line.split()
         driver.forget()
-        prompt = tokens(10_000 + int(number), PREFIX) if kind == "cold" else prefix
+        seed = 10_000 * KINDS.index(kind) + int(number)
+        prompt = prefix if kind == "first_token" else tokens(seed, PREFIX)
+        prompt = prompt + tokens(seed + 1000 * os.getpid(), 40)  # new in each process
         wall, cpu = time.perf_counter(), time.process_time()
-        answer = driver.ask(
-            [prompt + tokens(20_000 + int(number), 40)], 16 if kind == "cold" else 1
-        )
+        answer = driver.ask([prompt], 16 if kind == "cold" else 1)
         seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
         print(json.dumps(seconds | {"cached": answer["cached"][0]}), flush=True)
+    driver.settle()
+    driver.llm.llm_engine.engine_core.shutdown()
 
 
 class Engine:
     """An engine in a process of its own."""
 
-    def __init__(self, model: str, mode: str) -> None:
+    def __init__(self, model: str, mode: str, tiers: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", mode, model],
+            [sys.executable, __file__, "--serve", mode, model, *tiers],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -95,45 +105,80 @@ class Engine:
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
         return found
 
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
 
 def measure(engines: dict[str, Engine], kind: str, repeats: int) -> None:
     times: dict[str, list[dict[str, Any]]] = {mode: [] for mode in engines}
     for turn in range(repeats + 1):  # the first turn is not counted
         for mode, engine in engines.items():
             times[mode].append(engine.ask(kind, turn))
-            expected = PREFIX if (kind, mode) == ("first_token", "offload") else 0
-            assert times[mode][-1]["cached"] == expected
+            expected = 0 if kind == "cold" or mode == "without" else PREFIX
+            assert times[mode][-1]["cached"] == expected, (mode, times[mode][-1])
     for clock in ("cpu", "wall"):
         each = {mode: [turn[clock] for turn in times[mode][1:]] for mode in engines}
         for mode, seconds in each.items():
             add(f"{kind}_{mode}_{clock}", statistics.median(seconds), "s")
-        ratios = [a / b for a, b in zip(each["offload"], each["without"], strict=True)]
-        add(f"{kind}_{clock}_of_without", statistics.median(ratios), "ratio")
+            if mode != "without":
+                ratios = [a / b for a, b in zip(seconds, each["without"], strict=True)]
+                add(f"{kind}_{mode}_{clock}_of_without", statistics.median(ratios), "ratio")
+
+
+def measure_store(model: str, kind: str, url: str, without: Engine, repeats: int) -> None:
+    """Store prompts through one engine, then read them in others, one after the other."""
+    writer = Engine(model, "offload", [url])
+    for turn in range(repeats + 1):
+        writer.ask(kind, turn)
+    writer.close()
+    for mode in ("offload", "connector"):
+        reader = Engine(model, mode, [url])
+        measure({"without": without, mode: reader}, kind, repeats)
+        reader.close()
 
 
 def add(name: str, value: float, unit: str) -> None:
     print(json.dumps({"name": name, "value": round(value, 4), "unit": unit}), flush=True)
 
 
+def run(folder: Path, kinds: Sequence[str], repeats: int) -> None:
+    model = str(folder / "model")
+    save_model(model)
+    engines = {"without": Engine(model, "without")}
+    if here := [kind for kind in kinds if kind in ("first_token", "cold")]:
+        engines |= {mode: Engine(model, mode) for mode in MODES[1:]}
+        for kind in here:
+            measure(engines, kind, repeats)
+        for mode in MODES[1:]:
+            engines.pop(mode).close()
+    if "disk" in kinds:
+        url = f"disk:{folder / 'kv'}?capacity=2GiB&admit=always"
+        measure_store(model, "disk", url, engines["without"], repeats)
+    if "valkey" in kinds:
+        from tests.support.valkey_servers import valkey
+
+        server = valkey(folder)
+        measure_store(model, "valkey", server.url, engines["without"], repeats)
+        server.stop()
+    engines["without"].close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="figures, separated by commas")
     parser.add_argument("--serve", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("model", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("tiers", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.model, args.serve)
+        serve(args.model, args.serve, args.tiers)
         return
     about = {"platform": platform.platform(), "python": platform.python_version()}
     print(json.dumps({"machine": about | {"cpus": os.cpu_count()}}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_model(folder)
-        engines = {mode: Engine(folder, mode) for mode in MODES}
-        for kind in ("first_token", "cold"):
-            measure(engines, kind, args.repeats)
-        for engine in engines.values():
-            engine.process.stdin.close()
-            engine.process.wait()
+        run(Path(folder), args.kinds.split(","), args.repeats)
 
 
 if __name__ == "__main__":

@@ -3,5 +3,6 @@
 from kvpager.integrations.vllm.connector import KvpagerOffloadingConnector
 from kvpager.integrations.vllm.options import offload
 from kvpager.integrations.vllm.spec import KvpagerOffloadingSpec
+from kvpager.integrations.vllm.synchronous import KvpagerConnector
 
-__all__ = ["KvpagerOffloadingConnector", "KvpagerOffloadingSpec", "offload"]
+__all__ = ["KvpagerConnector", "KvpagerOffloadingConnector", "KvpagerOffloadingSpec", "offload"]

@@ -18,11 +18,16 @@ class KvpagerOffloadingConnector(OffloadingConnector):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         """Check the layers of the model. Raises: `NotImplementedError`, and as the spec does."""
-        for group in kv_cache_config.kv_cache_groups:
-            _check_group(group.kv_cache_spec)
+        check_groups(kv_cache_config)
         # The spec is given a part of the configuration, without what names the model.
         with set_current_vllm_config(vllm_config):
             super().__init__(vllm_config, role, kv_cache_config)
+
+
+def check_groups(kv_cache_config: Any) -> None:
+    """Raise `NotImplementedError` for layers that kvpager does not serve. O(layers)."""
+    for group in kv_cache_config.kv_cache_groups:
+        _check_group(group.kv_cache_spec)
 
 
 def _check_group(spec: Any) -> None:

@@ -21,6 +21,22 @@ from vllm.config import (  # noqa: E402
     get_current_vllm_config_or_none,
     set_current_vllm_config,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import (  # noqa: E402
+    build_offloading_config,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import (  # noqa: E402
+    OffloadingEventsTracker,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (  # noqa: E402
+    OffloadingConnectorWorker,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import (  # noqa: E402
     OffloadingConnector,
 )
@@ -46,6 +62,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     RequestOffloadingContext,
     TransferResult,
     get_offload_group_idx,
+    make_offload_key,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
 from vllm.v1.kv_offload.tiering.base import (  # noqa: E402
@@ -65,13 +82,19 @@ __all__ = [
     "FullAttentionSpec",
     "GPULoadStoreSpec",
     "JobResult",
+    "KVConnectorBase_V1",
+    "KVConnectorMetadata",
+    "KVConnectorRole",
+    "KVConnectorWorkerMetadata",
     "KVTransferConfig",
     "Locality",
     "LookupResult",
     "Medium",
     "OffloadingConfig",
     "OffloadingConnector",
+    "OffloadingConnectorWorker",
     "OffloadingEvent",
+    "OffloadingEventsTracker",
     "OffloadingManager",
     "OffloadingSpec",
     "OffloadingWorker",
@@ -80,11 +103,14 @@ __all__ = [
     "RequestOffloadingContext",
     "SecondaryTierManager",
     "SlidingWindowSpec",
+    "SupportsHMA",
     "TransferJob",
     "TransferResult",
     "UniformTypeKVCacheSpecs",
+    "build_offloading_config",
     "current_platform",
     "get_current_vllm_config_or_none",
     "get_offload_group_idx",
+    "make_offload_key",
     "set_current_vllm_config",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from kvpager.integrations.vllm.interface import (
 from kvpager.integrations.vllm.lower_tiers import Chunk, LowerTiers
 from kvpager.integrations.vllm.places import ABSENT, ASKED, Places, position
 from kvpager.integrations.vllm.worker import Slots
-from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier
+from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier, KeySlot
 
 _IDLE_S = 0.005
 _SOURCES = {"disk": CacheHitSource.DISK}
@@ -33,7 +33,7 @@ class _Request:
     def __init__(self, tier: KeyedTier) -> None:
         self.tier = tier
         self.used: dict[bytes, None] = {}  # stored or loaded
-        self.loading: list[int] = []  # pinned slots
+        self.loading = deque[list[int]]()  # the pinned slots of each load
         self.places = Places()
         self.sources: dict[bytes, str] = {}  # the name of the store that a chunk came from
         self.looked_up: list[bytes] = []  # in this step, in host memory or in a store
@@ -136,14 +136,12 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         if -1 in slots:
             self._tier.unpin(slots)
             raise KeyError("a chunk that vLLM loads is not in host memory")
-        request.loading += slots
+        request.loading.append(slots)
         request.used |= dict.fromkeys(keys)
         return Slots(slots)
 
     def complete_load(self, keys: Collection[Any], req_context: ReqContext) -> None:
-        request = self._request(req_context)
-        slots, request.loading = request.loading, []
-        self._tier.unpin(slots)
+        self._tier.unpin(self._request(req_context).loading.popleft())
 
     def touch(self, keys: Collection[Any], req_context: ReqContext) -> None:
         self._tier.unpin(self._tier.pin(list(keys)))
@@ -168,24 +166,41 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self, keys: Collection[Any], req_context: ReqContext, success: bool = True
     ) -> None:
         ordered = sorted(keys, key=partial(position, req_context))
-        slots = [self._writing.pop(key) for key in ordered]
         if not success:
-            self._tier.abandon(slots)
+            self._tier.abandon([self._writing.pop(key) for key in ordered])
             return
-        self._tier.publish(slots)
-        self._tell(False, ordered)
-        self._save(ordered)
+        self._offer(ordered)
+        if self._lower is not None:
+            self.save(self._pinned(ordered))
 
-    def _save(self, keys: list[bytes]) -> None:
-        """Offer chunks to the stores below, while at most a quarter of all slots is being saved."""
-        if self._lower is None:
-            return
-        if not self._rows.is_complete:
-            raise RuntimeError("tiers: all workers of the engine must run on one machine")
-        if offered := keys[: self._lower.save_room]:
-            slots = self._tier.pin(offered).tolist()
-            pairs = list(zip(offered, slots, strict=True))
-            self._lower.save(pairs, lambda _: self._tier.unpin(slots))
+    def publish(self, keys: Sequence[bytes]) -> list[KeySlot]:
+        """Offer reserved chunks that are written before vLLM's next copies. O(keys log slots).
+
+        Returns each with its slot. Slots are pinned until they are passed to `save`.
+        """
+        self._offer(keys)
+        return self._pinned(keys)
+
+    def save(self, pairs: Sequence[KeySlot]) -> None:
+        """Offer chunks of `publish` to the stores below, and let go of the others.
+
+        At most a quarter of all slots is being saved at a time.
+        """
+        offered: Sequence[KeySlot] = ()
+        if self._lower is not None:
+            if not self._rows.is_complete:
+                raise RuntimeError("tiers: all workers of the engine must run on one machine")
+            if offered := pairs[: self._lower.save_room]:
+                slots, tier = [slot for _, slot in offered], self._tier
+                self._lower.save(offered, lambda _: tier.unpin(slots))
+        self._tier.unpin(slot for _, slot in pairs[len(offered) :])
+
+    def _offer(self, keys: Sequence[bytes]) -> None:
+        self._tier.publish([self._writing.pop(key) for key in keys])
+        self._tell(False, keys)
+
+    def _pinned(self, keys: Sequence[bytes]) -> list[KeySlot]:
+        return list(zip(keys, self._tier.pin(keys).tolist(), strict=True))
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         self._num_requests += 1

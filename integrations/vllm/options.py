@@ -61,6 +61,7 @@ def offload(
     tiers: str | Sequence[str] = (),
     eviction: str = "lru",
     model_id: str | None = None,
+    synchronous: bool = False,
     **settings: Any,
 ) -> Any:
     """Return the `KVTransferConfig` with which vLLM keeps blocks in kvpager's tiers.
@@ -74,14 +75,14 @@ def offload(
             `kvpager.blocks.policies.POLICIES`.
         model_id: the name of the model in the stores, such as `"llama-3-8b@8cde5ca"`; by default, a
             digest of its files.
+        synchronous: take kvpager's connector, which copies within the step, not vLLM's
+            OffloadingConnector.
         settings: vLLM's own: `blocks_per_chunk`, `block_size`, `offload_prompt_only`,
             `self_describing_kv_events`.
 
     Raises: `ValueError`, `TypeError` for a bad argument.
     """
     extra: dict[str, Any] = {
-        "spec_name": "KvpagerOffloadingSpec",
-        "spec_module_path": "kvpager.integrations.vllm.spec",
         "host_memory": host_memory,
         "tiers": [tiers] if isinstance(tiers, str) else list(tiers),
         "eviction": eviction,
@@ -89,9 +90,14 @@ def offload(
         **settings,
     }
     Options.of(extra)
+    if not arguments.flag("synchronous", synchronous):
+        extra |= {
+            "spec_name": "KvpagerOffloadingSpec",
+            "spec_module_path": "kvpager.integrations.vllm.spec",
+        }
     return KVTransferConfig(
-        kv_connector="KvpagerOffloadingConnector",
-        kv_connector_module_path="kvpager.integrations.vllm.connector",
+        kv_connector="KvpagerConnector" if synchronous else "KvpagerOffloadingConnector",
+        kv_connector_module_path="kvpager.integrations.vllm",
         kv_role="kv_both",
         kv_connector_extra_config=extra,
     )

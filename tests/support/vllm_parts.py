@@ -24,10 +24,12 @@ with installed():
         connector,
         identity,
         interface,
+        opening,
         options,
         releases,
         secondary,
         spec,
+        synchronous,
     )
     from kvpager.integrations.vllm.host_rows import HostRows
     from kvpager.integrations.vllm.lower_tiers import LowerTiers
@@ -49,10 +51,12 @@ __all__ = [
     "key_of",
     "model_config",
     "offloading_config",
+    "opening",
     "options",
     "releases",
     "secondary",
     "spec",
+    "synchronous",
 ]
 
 LookupResult = interface.LookupResult

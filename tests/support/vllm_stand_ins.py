@@ -44,6 +44,55 @@ class OffloadingConnector:
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         self.seen = get_current_vllm_config_or_none()
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str:
+        return "LBHNC"
+
+
+class KVConnectorRole(Enum):
+    SCHEDULER = 0
+    WORKER = 1
+
+
+class KVConnectorMetadata: ...
+
+
+class KVConnectorWorkerMetadata: ...
+
+
+class SupportsHMA: ...
+
+
+class KVConnectorBase_V1:
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        self._vllm_config, self._kv_cache_config = vllm_config, kv_cache_config
+        self.role, self._metadata = role, None
+
+    def bind_kv_cache_manager(self, manager: Any) -> None:
+        self._kv_cache_manager = manager
+
+    def bind_connector_metadata(self, metadata: Any) -> None:
+        self._metadata = metadata
+
+    def clear_connector_metadata(self) -> None:
+        self._metadata = None
+
+    def _get_connector_metadata(self) -> Any:
+        return self._metadata
+
+
+class OffloadingConnectorWorker: ...
+
+
+class OffloadingEventsTracker:
+    def __init__(self, config: Any) -> None: ...
+
+    def take_events(self, events: Any) -> Any:
+        yield from events
+
+
+def build_offloading_config(vllm_config: Any, kv_cache_config: Any) -> Any: ...
+
 
 class FullAttentionSpec: ...
 
@@ -195,7 +244,11 @@ class OffloadingWorker: ...
 class OffloadingSpec:
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.kv_events_config = SimpleNamespace(enable_kv_cache_events=False)
+        self.kv_events_config = SimpleNamespace(
+            enable_kv_cache_events=config.enable_kv_cache_events,
+            self_describing_kv_events=config.extra_config.get("self_describing_kv_events", False),
+        )
+        self.offload_prompt_only = config.extra_config.get("offload_prompt_only", True)
         self.blocks_per_chunk = config.cache.blocks_per_chunk
 
 
@@ -206,11 +259,16 @@ def get_offload_group_idx(key: bytes) -> int:
     return int.from_bytes(key[-4:], "big")
 
 
+def make_offload_key(block_hash: bytes, group_idx: int) -> bytes:
+    return block_hash + group_idx.to_bytes(4, "big")
+
+
+_V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 _BASE = (
     BlockIDsLoadStoreSpec, CanonicalKVCacheRef, CanonicalKVCaches, CanonicalKVCacheTensor,
     GPULoadStoreSpec, Locality, LookupResult, Medium, OffloadingEvent, OffloadingManager,
     OffloadingSpec, OffloadingWorker, PrepareStoreOutput, ReqContext, RequestOffloadingContext,
-    TransferResult, get_offload_group_idx,
+    TransferResult, get_offload_group_idx, make_offload_key,
 )  # fmt: skip
 _MODULES: dict[str, tuple[Any, ...]] = {
     "vllm": (),
@@ -219,7 +277,17 @@ _MODULES: dict[str, tuple[Any, ...]] = {
         get_current_vllm_config_or_none,
         set_current_vllm_config,
     ),
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector": (OffloadingConnector,),
+    f"{_V1}.base": (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        KVConnectorWorkerMetadata,
+        SupportsHMA,
+    ),
+    f"{_V1}.offloading.config": (build_offloading_config,),
+    f"{_V1}.offloading.events": (OffloadingEventsTracker,),
+    f"{_V1}.offloading.worker": (OffloadingConnectorWorker,),
+    f"{_V1}.offloading_connector": (OffloadingConnector,),
     "vllm.platforms": (),
     "vllm.v1.kv_cache_interface": (
         FullAttentionSpec,

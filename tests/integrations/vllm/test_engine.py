@@ -44,6 +44,9 @@ def offloaded(model: Path, *arguments: str, environment: Any = None, **settings:
     return run(model, "--offload", json.dumps(settings), *arguments, **(environment or {}))
 
 
+both = pytest.mark.parametrize("synchronous", [False, True], ids=["offload", "connector"])
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.vllm_models import save_model
@@ -79,8 +82,11 @@ def check(found: dict[str, Any], alone: dict[str, Any]) -> None:
     assert (host["pinned"], host["writing"]) == (0, 0)
 
 
-def test_host_memory_changes_no_token(models: Path, alone: dict[str, Any]) -> None:
-    found = offloaded(models / "llama", host_memory="128MiB")
+@both
+def test_host_memory_changes_no_token(
+    models: Path, alone: dict[str, Any], synchronous: bool
+) -> None:
+    found = offloaded(models / "llama", host_memory="128MiB", synchronous=synchronous)
     check(found, alone["llama"])
     assert cached(found, "cold_warm_reset") == [0, 1024, 1024]
     assert cached(found, "overflow") == [1024]
@@ -88,8 +94,9 @@ def test_host_memory_changes_no_token(models: Path, alone: dict[str, Any]) -> No
     assert found["preempted"] > 0
 
 
+@both
 def test_a_tight_pool_over_a_disk_changes_no_token(
-    models: Path, alone: dict[str, Any], tmp_path: Path
+    models: Path, alone: dict[str, Any], tmp_path: Path, synchronous: bool
 ) -> None:
     found = offloaded(
         models / "llama",
@@ -97,6 +104,7 @@ def test_a_tight_pool_over_a_disk_changes_no_token(
         tiers=[f"disk:{tmp_path / 'kv'}?capacity=1GiB&admit=always"],
         eviction="lifetime",
         blocks_per_chunk=4,
+        synchronous=synchronous,
     )
     check(found, alone["llama"])
     assert found["host"][0]["slots"] == 48  # all prompts together have three times as many chunks
@@ -104,15 +112,17 @@ def test_a_tight_pool_over_a_disk_changes_no_token(
     assert cached(found, "salts") == [0, 0, 512]
 
 
+@both
 @pytest.mark.parametrize("per_chunk", [1, 4])
 def test_sliding_windows_change_no_token(
-    models: Path, alone: dict[str, Any], tmp_path: Path, per_chunk: int
+    models: Path, alone: dict[str, Any], tmp_path: Path, per_chunk: int, synchronous: bool
 ) -> None:
     found = offloaded(
         models / "gemma",
         host_memory="24MiB",
         tiers=[f"disk:{tmp_path / 'kv'}?capacity=1GiB"],
         blocks_per_chunk=per_chunk,
+        synchronous=synchronous,
     )
     check(found, alone["gemma"])
     assert cached(found, "cold_warm_reset")[2] == 1024
@@ -120,11 +130,16 @@ def test_sliding_windows_change_no_token(
     assert cached(found, "salts")[2] >= 512
 
 
+@both
 def test_another_process_loads_what_one_saved(
-    models: Path, alone: dict[str, Any], tmp_path: Path
+    models: Path, alone: dict[str, Any], tmp_path: Path, synchronous: bool
 ) -> None:
     digests = ["--digests", str(tmp_path / "digests.json")]
-    settings = {"host_memory": "128MiB", "tiers": [f"disk:{tmp_path / 'kv'}?capacity=1GiB"]}
+    settings = {
+        "host_memory": "128MiB",
+        "tiers": [f"disk:{tmp_path / 'kv'}?capacity=1GiB"],
+        "synchronous": synchronous,
+    }
     for seed, scenario in (("1", "cold_warm_reset"), ("2", "prefix_again")):
         found = offloaded(
             models / "llama",
@@ -139,13 +154,17 @@ def test_another_process_loads_what_one_saved(
     assert found["wrong"] == []
 
 
-def test_an_engine_in_its_own_process_says_the_same(models: Path, alone: dict[str, Any]) -> None:
+@both
+def test_an_engine_in_its_own_process_says_the_same(
+    models: Path, alone: dict[str, Any], synchronous: bool
+) -> None:
     before = set(os.listdir("/dev/shm"))
     found = offloaded(
         models / "llama",
         *("--scenarios", "cold_warm_reset,preemption"),
         environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         host_memory="128MiB",
+        synchronous=synchronous,
     )
     for name in found["answers"]:
         assert tokens(found["answers"], name) == tokens(alone["llama"], name)
@@ -153,11 +172,13 @@ def test_an_engine_in_its_own_process_says_the_same(models: Path, alone: dict[st
     assert set(os.listdir("/dev/shm")) <= before
 
 
-def test_rows_that_are_exchanged_on_purpose_are_noticed(models: Path) -> None:
+@both
+def test_rows_that_are_exchanged_on_purpose_are_noticed(models: Path, synchronous: bool) -> None:
     found = offloaded(
         models / "llama",
         *("--spoil", "--scenarios", "cold_warm_reset"),
         host_memory="128MiB",
+        synchronous=synchronous,
     )
     assert len(found["wrong"]) >= 32  # all but those of transfers of one block
 

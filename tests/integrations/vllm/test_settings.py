@@ -25,6 +25,7 @@ from tests.support.vllm_parts import (
     options,
     releases,
     spec,
+    synchronous,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,14 +47,20 @@ def spec_of(extra: dict[str, Any] | None = None, **settings: Any) -> Any:
 # ---------------------------------------------------------------- settings
 
 
-def test_offload_names_connector_and_spec() -> None:
-    made = options.offload("8GiB", tiers="disk:/kv?capacity=1GiB", blocks_per_chunk=4)
-    assert made.kv_connector == "KvpagerOffloadingConnector"
-    assert made.kv_connector_module_path == "kvpager.integrations.vllm.connector"
+@pytest.mark.parametrize("synchronous", [False, True])
+def test_offload_names_a_connector_of_the_package(synchronous: bool) -> None:
+    made = options.offload(
+        "8GiB", tiers="disk:/kv?capacity=1GiB", blocks_per_chunk=4, synchronous=synchronous
+    )
+    assert made.kv_connector_module_path == "kvpager.integrations.vllm"
+    names = {False: "KvpagerOffloadingConnector", True: "KvpagerConnector"}
+    assert made.kv_connector == names[synchronous]
+    assert hasattr(sys.modules[made.kv_connector_module_path], made.kv_connector)
     assert made.kv_role == "kv_both"
     extra = json.loads(json.dumps(made.kv_connector_extra_config))  # for `vllm serve`
     assert (extra["host_memory"], extra["blocks_per_chunk"]) == ("8GiB", 4)
     assert extra["tiers"] == ["disk:/kv?capacity=1GiB"]
+    assert ("spec_name" in extra) is not synchronous
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,7 @@ def test_offload_names_connector_and_spec() -> None:
         ({"eviction": "random"}, ValueError, "eviction='random'"),
         ({"model_id": ""}, ValueError, "model_id"),
         ({"cpu_bytes_to_use": 5}, ValueError, "cpu_bytes_to_use: kvpager has no such setting"),
+        ({"synchronous": "no"}, TypeError, "synchronous='no': expected True or False"),
         ({"canonical_layout": True}, ValueError, "canonical_layout: kvpager has no such setting"),
     ],
 )
@@ -116,9 +124,11 @@ def test_a_kind_of_layer_that_cannot_be_kept_is_refused() -> None:
     full = made(interface.FullAttentionSpec)
     nested = made(interface.UniformTypeKVCacheSpecs)
     nested.__dict__["kv_cache_specs"] = {"a": full, "b": MambaSpec()}
+    vllm_config = SimpleNamespace(kv_transfer_config=SimpleNamespace())
     for bad in (MambaSpec(), nested):
-        with pytest.raises(NotImplementedError, match="layers of vLLM's kind MambaSpec"):
-            connector.KvpagerOffloadingConnector(None, None, groups(full, bad))
+        for kind in (connector.KvpagerOffloadingConnector, synchronous.KvpagerConnector):
+            with pytest.raises(NotImplementedError, match="layers of vLLM's kind MambaSpec"):
+                kind(vllm_config, None, groups(full, bad))
 
 
 def test_a_spec_without_the_connector_is_refused() -> None:
