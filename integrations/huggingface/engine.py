@@ -160,6 +160,7 @@ class Engine:
             tokenizer=self._tokenizer,
             watch=watch,
             save_wait_s=_SAVE_WAIT_S if config.role == "prefill" else None,
+            kv_events=config.published_events,
             on_step=on_step,
             # A new thread begins with a number of its own.
             on_begin=functools.partial(torch.set_num_threads, torch.get_num_threads()),
@@ -335,6 +336,11 @@ class Engine:
         if self._core.tiers is None:
             raise KVPagerError("this engine has no tiers. Pass Engine(model, tiers=...).")
         return self._core.tiers
+
+    @property
+    def kv_events(self) -> Any:
+        """The publisher of `kv_events`, with its addresses; None without."""
+        return self._core.kv_events
 
     @property
     def block_bytes(self) -> int:

@@ -21,10 +21,10 @@ Kind = Literal["stored", "removed", "evicted", "copied", "moved", "lost"]
 class Event:
     """An event. `number` counts all events of a manager without gaps.
 
-    `tokens` (stored) is int32 [blocks, block_size]; `mm_hashes` is the blocks' tag, see
-    `kvpager.blocks.mm_hashes`; `copies` (copied, moved) is int32 [n, 2], from `tiers[0]` to
-    `tiers[1]`. A `lost` event means that older events were dropped unread: start
-    again from `manager.events.published`.
+    Stored: `tokens` is int32 [blocks, block_size]. `position` counts the blocks before the first.
+    `mm_hashes` is the blocks' tag, see `kvpager.blocks.mm_hashes`. Copied and moved: `copies` is
+    int32 [n, 2], from `tiers[0]` to `tiers[1]`. A `lost` event means that older events were dropped
+    unread: start again from `manager.events.restart`.
     """
 
     number: int
@@ -33,6 +33,7 @@ class Event:
     namespace: str | None = None
     lora: str | None = None
     parent: int = -1
+    position: int = 0
     tokens: Int32 | None = None
     mm_hashes: tuple[tuple[int, int, bytes, int], ...] = ()
     copies: Int32 | None = None
@@ -51,6 +52,11 @@ class EventLog:
         """Log an event; a full log drops its oldest. O(1)."""
         self._count += 1
         self._events.append(Event(self._count, kind, **facts))  # type: ignore[arg-type]
+
+    def skip(self) -> None:
+        """Drop the events since the last fetch; none counts as lost. O(events)."""
+        self._events.clear()
+        self._fetched = self._count
 
     def fetch(self) -> list[Event]:
         """Return the events since the last call, oldest first. O(events)."""

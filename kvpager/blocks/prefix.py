@@ -208,7 +208,7 @@ class PrefixIndex:
         before = int(node.blocks[-1]) if position else -1
         self.arrivals.add(blocks, position, before, node.tree)
         if self._log is not None:
-            self._log.add("stored", **self._event(node.tree, tag, before, blocks))
+            self._log.add("stored", **self._event(node.tree, tag, before, position, blocks))
 
     def settle(self) -> None:
         """Report the newly published blocks to pool and policy. O(blocks)."""
@@ -240,15 +240,19 @@ class PrefixIndex:
             for node in self._forest.below(root):
                 parent = node.parent
                 before = int(parent.blocks[-1]) if parent and parent.end else -1
-                yield Event(0, "stored", **self._event(node.tree, node.tag, before, node.blocks))
+                facts = self._event(node.tree, node.tag, before, node.start, node.blocks)
+                yield Event(0, "stored", **facts)
 
-    def _event(self, tree: TreeKey, tag: Tag, before: int, blocks: Blocks) -> dict[str, Any]:
+    def _event(
+        self, tree: TreeKey, tag: Tag, before: int, position: int, blocks: Blocks
+    ) -> dict[str, Any]:
         namespace, lora = tree[:2]
         return {
             "blocks": blocks.copy(),
             "namespace": namespace,
             "lora": lora,
             "parent": before,
+            "position": position,
             "tokens": self.pool.ids[blocks],
             "mm_hashes": tag or (),
         }

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from kvpager import _validate as arguments
 from kvpager._text import listed
 from kvpager.blocks.policies import Eviction, check_eviction
+from kvpager.kv_events.settings import KVEvents
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore
@@ -62,6 +63,8 @@ class EngineConfig:
         role: `"prefill"` answers with the first token, and ends a request when the tiers have the
             full blocks of its prompt. `"decode"` computes the rest elsewhere. Both need tiers that
             other processes read.
+        kv_events: where routers learn which prompts are cached: an address such as
+            `"tcp://127.0.0.1:5557"`, or `KVEvents`. None for nowhere.
 
     Raises: `TypeError`, `ValueError` for settings of a wrong type or value.
     """
@@ -84,6 +87,7 @@ class EngineConfig:
     seal: Seal | None = None
     model_id: str | None = None
     role: Role | None = None
+    kv_events: str | KVEvents | None = None
 
     def __post_init__(self) -> None:
         shown = arguments.shown
@@ -105,6 +109,8 @@ class EngineConfig:
             raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
         self._check_tiers()
         self._check_role()
+        if self.published_events is not None and not self.prefix_cache:
+            raise ValueError("kv_events: they report cached prompts. Leave out prefix_cache=False.")
 
     def _check_tiers(self) -> None:
         arguments.label("model_id", self.model_id)
@@ -154,6 +160,11 @@ class EngineConfig:
                     f"{name}: unknown engine setting. Known settings: {', '.join(names)}.{meant}"
                 )
         return dataclasses.replace(config or cls(), **overrides)
+
+    @property
+    def published_events(self) -> KVEvents | None:
+        """The settings of `kv_events`."""
+        return None if self.kv_events is None else KVEvents.of(self.kv_events)
 
     @property
     def compile_arguments(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from kvpager._atomic import Uninterrupted
 from kvpager.blocks.quotas import NamespaceQuotas
 from kvpager.engine.detokenizer import Detokenizer
 from kvpager.engine.fetching import Fetching
+from kvpager.engine.kv_events import publish
 from kvpager.engine.loop import Loop
 from kvpager.engine.metrics import EngineStats, StepRecord
 from kvpager.engine.model_watch import ModelGuard, ModelWatch
@@ -35,6 +36,7 @@ from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
 from kvpager.engine.threads import end_idle_workers
 from kvpager.engine.tiers import EngineTiers
 from kvpager.errors import EngineClosed
+from kvpager.kv_events.settings import KVEvents
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.tiers.controls import TierControls
@@ -72,6 +74,8 @@ class EngineCore:
             engine closes it.
         save_wait_s: how long the end of a request waits until tiers have its prompt, in seconds.
             None saves blocks later.
+        kv_events: where to publish which blocks are cached, for routers; None for nowhere. The
+            manager must log events.
         on_step: callback invoked after every step, on the engine's thread.
         on_begin: callback invoked at the start of the engine's thread.
         on_end: callback invoked at the end of the engine's thread.
@@ -79,6 +83,7 @@ class EngineCore:
     Attributes:
         quotas: the maximum blocks of each namespace.
         tiers: what callers may ask of the tiers; None without tiers.
+        kv_events: the publisher; None without `kv_events`.
         error: the defect that stopped the engine, or None.
     """
 
@@ -92,6 +97,7 @@ class EngineCore:
         watch: ModelWatch | None = None,
         tiering: Tiering | None = None,
         save_wait_s: float | None = None,
+        kv_events: KVEvents | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         on_begin: Callable[[], object] = lambda: None,
         on_end: Callable[[], object] = lambda: None,
@@ -120,12 +126,14 @@ class EngineCore:
         quotas = LiveQuotas(scheduler.manager, self._loop.requests)
         self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
+        self.kv_events = None if kv_events is None else publish(scheduler, kv_events, tiering)
         try:
             with self._lock, Uninterrupted(self._lock):
                 self._thread.start()
                 _open_engines.add(self)
         except BaseException:
             self.stop()
+            self._close_events()
             raise
 
     @property
@@ -260,8 +268,13 @@ class EngineCore:
                 self._fetching.close(saving=saving, run_plan=self._loop.run_transfers)
             except Exception:
                 logger.exception("a tier failed to close")
+        self._close_events()
         self._dispatcher.close()
         self._on_end()
+
+    def _close_events(self) -> None:
+        if self.kv_events is not None:
+            self.kv_events.close()
 
     def _may_step(self) -> bool:
         self._pauses.wait(lambda: not self.is_open)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -88,6 +89,15 @@ def lora_of_version(lora: str | None, cache_version: int) -> str | None:
     # Double the caller's NULs, so that no name ends like a name with a version.
     lora = lora and lora.replace("\0", "\0\0")
     return f"{lora or ''}\0{cache_version}" if cache_version else lora
+
+
+def split_lora(label: str | None) -> tuple[str | None, int]:
+    """Return the LoRA and the version that `lora_of_version` joined. O(characters)."""
+    versioned = label and re.fullmatch(r"(.*?)(\0*)\0(\d+)", label, re.DOTALL)
+    if not label or not versioned or len(versioned[2]) % 2:  # doubled NULs are of the name
+        return label and label.replace("\0\0", "\0"), 0
+    name = versioned[1] + versioned[2]
+    return name.replace("\0\0", "\0") or None, int(versioned[3])
 
 
 def checked_prompt(request: Request) -> Int32:

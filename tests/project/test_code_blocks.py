@@ -18,6 +18,7 @@ NOT_TESTED = {
     ("docs/benchmarks.md", "takes minutes"): 1,
     ("docs/conformance.md", "needs the other managers"): 1,
     ("docs/getting-started.md", "needs a network"): 1,
+    ("docs/guides/events.md", "needs a network"): 1,
     ("docs/guides/eviction.md", "needs your trace"): 1,
     ("docs/guides/own-manager.md", "needs a network"): 1,
     ("docs/guides/peft-torchao.md", "needs torchao"): 1,
@@ -45,6 +46,8 @@ def cases() -> list[object]:
 def test_a_block_prints_what_its_page_shows(block: Block, tmp_path: Path) -> None:
     if "transformers" in block.code:
         pytest.importorskip("transformers")
+    if "kv_events" in block.code:
+        pytest.importorskip("zmq")
     code_blocks.run(block, tmp_path)
 
 

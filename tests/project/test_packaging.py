@@ -26,6 +26,7 @@ OPTIONAL = {
     "accelerate",
     "hypothesis",
     "matplotlib",
+    "msgspec",
     "prometheus_client",
     "pytest",
     "rich",
@@ -35,6 +36,7 @@ OPTIONAL = {
     "triton",
     "typer",
     "vllm",
+    "zmq",
 }
 BUILD_OUTPUT = {"build", "dist", "__pycache__"}
 TEXT = {".c", ".cfg", ".cpp", ".cu", ".h", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yml"}

@@ -147,11 +147,12 @@ class ToyEngine(EngineCore):
         num_blocks: int = 64,
         num_host_blocks: int = 0,
         *,
+        num_events: int = 0,
         sampler: Any = None,
         core: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks)
+        manager = BlockManager(num_blocks, BLOCK_SIZE, num_host_blocks, num_events=num_events)
         scheduler = Scheduler(manager, **options)
         runner = self._make_runner(manager)
         tiering = self._make_tiering(scheduler, runner)

@@ -70,10 +70,10 @@ class TieredEngine(ToyEngine):
 
     def __init__(
         self, stores: Sequence[DictStore], num_blocks: int = 64, *, slots: int = 64,
-        core: Mapping[str, Any] | None = None, **tiering: Any,
+        core: Mapping[str, Any] | None = None, num_events: int = 0, **tiering: Any,
     ) -> None:  # fmt: skip
         self.stores, self.slots, self.settings = stores, slots, tiering
-        super().__init__(num_blocks, core=core)
+        super().__init__(num_blocks, core=core, num_events=num_events)
 
     def _make_tiering(self, scheduler: Any, runner: ToyRunner) -> Tiering:
         self.staging = ToyStaging(runner, self.slots)

@@ -75,7 +75,14 @@ def make_manager(
     """Make the manager of the pool's blocks, a grouped one if layers have windows. O(blocks)."""
     eviction = chosen_policy(config.eviction, sizes.device)
     if not any(info.windows):
-        return BlockManager(sizes.device, config.block_size, sizes.host, eviction=eviction)
+        events = config.published_events
+        return BlockManager(
+            sizes.device,
+            config.block_size,
+            sizes.host,
+            eviction=eviction,
+            num_events=0 if events is None else events.num_events,
+        )
     return GroupedManager(
         info.windows,
         sizes.device,

@@ -77,6 +77,7 @@ class Tiering:
         on_progress: called by the threads when blocks were loaded or saved.
         is_clean: True if the last `clean` found no block to save.
         prompts: saves the blocks of a prompt that other processes wait for.
+        context_of: as the argument.
         step_blocks_max: how many blocks `attach` and `clean` should copy in one step together.
     """
 
@@ -104,7 +105,7 @@ class Tiering:
         self.stores = tuple(stores)
         self._manager = manager
         self._staging = staging
-        self._context_of = context_of
+        self.context_of = context_of
         self._keying = ContentKeying(manager.block_size, context_of, manager.windows)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
@@ -183,7 +184,7 @@ class Tiering:
         first = manager.match_prefix(tokens, **identity) // size
         if first >= num_blocks:
             return None
-        context = self._context_of(identity["namespace"], identity["lora"])
+        context = self.context_of(identity["namespace"], identity["lora"])
         new = self._attacher.new_fetch(tokens, identity, context, first, num_blocks)
         fetch = self._fetching.get(new.name)
         if fetch is None:

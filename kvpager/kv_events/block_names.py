@@ -1,0 +1,89 @@
+"""The names of blocks in KV events: kvpager's content keys, or vLLM's block hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from typing import NamedTuple, Protocol
+
+from kvpager.blocks.mm_hashes import Tag
+from kvpager.kv_events.block_hashes import Value, first_seed, hash_cbor, hash_pickled
+from kvpager.plans import Int32
+from kvpager.storage.keys import ContentKeying, KeyContext
+
+_MM, _LORA, _SALT = "mm", "lora", "cache_salt"  # one object each: pickle writes it once
+ContextOf = Callable[[str | None, str | None], KeyContext]
+
+
+class Block(NamedTuple):
+    """A block and what its KV depends on besides the blocks before it."""
+
+    tokens: Int32
+    position: int  # blocks before it
+    namespace: str | None
+    lora: str | None
+    tag: Tag  # the mm_hashes that overlap it
+
+    @property
+    def mm_items(self) -> list[tuple[str, int]]:
+        """The hash of each image in hexadecimal digits, and its first token relative to the block.
+
+        As vLLM's `mm_hash`: a negative number if the image begins in an earlier block. O(images).
+        """
+        first = self.position * len(self.tokens)
+        return [(digest.hex(), start - first) for start, _, digest, _ in self.tag or ()]
+
+
+class BlockNames(Protocol):
+    """Names blocks by their content."""
+
+    def name(self, before: bytes | None, block: Block) -> bytes:
+        """Return the name of a block after the block named `before`, None for none. O(tokens)."""
+
+
+class ContentNames:
+    """kvpager's content keys. In an engine with tiers, they are the keys in its stores.
+
+    `context_of` returns what keys cover besides tokens; by default the namespace and `lora`.
+    """
+
+    def __init__(self, block_size: int, context_of: ContextOf | None = None) -> None:
+        self._keying = ContentKeying(block_size, context_of or _labels)
+
+    def name(self, before: bytes | None, block: Block) -> bytes:
+        """Return the content key of a block. O(tokens)."""
+        if before is None:
+            before = self._keying.root(block.namespace, block.lora, 0)
+        return self._keying.block(block.namespace, before, block.tokens, block.tag)
+
+
+class VLLMHashes:
+    """The block hashes of vLLM's prefix cache, by its `--prefix-caching-hash-algo`.
+
+    A namespace counts as vLLM's `cache_salt`. vLLM also hashes the path of a LoRA adapter:
+    `lora_paths` has it by name; by default it is the name.
+    """
+
+    def __init__(self, algorithm: str, lora_paths: Mapping[str, str]) -> None:
+        self._hash: Callable[[Value], bytes] = {"sha256": hash_pickled, "sha256_cbor": hash_cbor}[
+            algorithm
+        ]
+        self._paths = dict(lora_paths)
+        self._first = self._hash(first_seed())
+
+    def name(self, before: bytes | None, block: Block) -> bytes:
+        """Return vLLM's hash of a block. O(tokens)."""
+        extra: list[Value] = []
+        if block.lora is not None:
+            extra.append((_LORA, block.lora, self._paths.get(block.lora, block.lora)))
+        extra += [(_MM, digest, offset) for digest, offset in block.mm_items]
+        if block.namespace is not None and not block.position:
+            extra.append((_SALT, block.namespace))
+        tokens = tuple(block.tokens.tolist())
+        return self._hash((before or self._first, tokens, tuple(extra) or None))
+
+
+def _labels(namespace: str | None, lora: str | None) -> KeyContext:
+    """Return a context for keys that stay within events, which show the tokens as well."""
+    secret = b"" if namespace is None else blake2b(namespace.encode(), digest_size=32).digest()
+    return KeyContext("events", "", secret, lora)
