@@ -1,5 +1,7 @@
 // Attention of packed queries over paged keys and values, read in place.
 //
+// Rows of many queries have tasks of their own, see `prefill.h`. For all others:
+//
 //   a task      = one row (sequence), a few of its queries, one range of kv tokens
 //   its loop    = tiles of TILE kv tokens; in each tile all kv heads, one after the other
 //   per kv head = its query vectors (GQA: several heads; prefill: several tokens),
@@ -33,6 +35,7 @@
 #include <new>
 #include <vector>
 
+#include "prefill.h"
 #include "worker.h"
 
 namespace attention {
@@ -66,23 +69,30 @@ struct Plan {
     int64_t partial_queries = 0;
 };
 
-inline Plan plan(const AttentionArguments& a) {
+template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a) {
     Plan plan;
     int64_t heads_per_kv = a.query_heads / a.kv_heads;
-    int64_t chunk = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
-    for (int64_t row = 0; row < a.rows; row++)
+    int64_t few = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
+    auto chunk_of = [&](int64_t row, bool prefill) {
+        return prefill ? prefill_chunk(a, a.queries_of(row)) : few;
+    };
+    for (int64_t row = 0; row < a.rows; row++) {
+        int64_t chunk = chunk_of(row, is_prefill<T, arithmetic>(a, row));
         total += a.seq_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
+    }
     // Four ranges per thread balance rows of different lengths.
     int64_t range = std::max<int64_t>(8 * TILE_MOST, total / (4 * a.threads) / TILE_MOST * TILE_MOST + TILE_MOST);
     if (a.threads == 1) range = INT64_MAX / 2;
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t seq_len = a.seq_lens.at(row), queries = a.queries_of(row);
+        bool prefill = is_prefill<T, arithmetic>(a, row);
+        int64_t chunk = chunk_of(row, prefill), tasks = prefill ? a.kv_heads : 1;  // per range
         for (int64_t query = 0; query < queries; query += chunk) {
             int64_t count = std::min(chunk, queries - query), position = seq_len - queries + query;
             int64_t first = a.first_query(row) + query;
             int64_t start = visible(a, row, position, seq_len).first;
             int64_t stop = visible(a, row, position + count - 1, seq_len).last;
-            int64_t parts = std::max<int64_t>(1, (stop - start + range - 1) / range);
+            int64_t parts = std::max<int64_t>(1, (stop - start - 1) / tasks / range + 1);
             int64_t part_range = ((stop - start + parts - 1) / parts + TILE_MOST - 1) / TILE_MOST * TILE_MOST;
             if (parts > 1)
                 plan.merges.push_back({first, count, plan.partial_queries, parts});
@@ -90,7 +100,11 @@ inline Plan plan(const AttentionArguments& a) {
                 int64_t from = std::min(stop, start + part * part_range);
                 int64_t to = std::min(stop, from + part_range);
                 int64_t partial = parts > 1 ? plan.partial_queries + part * count : -1;
-                plan.tasks.push_back({row, first, count, position, from, to, partial, part == 0});
+                Task task{row, first, count, position, from, to, partial, part == 0, -1};
+                for (int64_t head = 0; head < tasks; head++) {
+                    if (prefill) task.kv_head = head;
+                    plan.tasks.push_back(task);
+                }
             }
             if (parts > 1) plan.partial_queries += parts * count;
         }
@@ -99,7 +113,7 @@ inline Plan plan(const AttentionArguments& a) {
 }
 
 template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
-    Plan todo = plan(a);
+    Plan todo = plan<T, arithmetic>(a);
     static thread_local std::vector<float> partials;
     size_t needed = todo.partial_queries * a.query_heads * (a.value_dim + 2);
     if (partials.size() < needed) partials.resize(needed);
@@ -119,11 +133,18 @@ template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
+        static thread_local PrefillScratch prefill_scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; i++) {
             // An exception that leaves a thread ends the process.
             try {
-                Worker<T, arithmetic>{a, todo.tasks[i], scratch, zero_row, zero_scales}.run();
+                const Task& task = todo.tasks[i];
+                if constexpr (arithmetic == IN_FLOATS && sizeof(T) > 1)
+                    if (task.kv_head >= 0) {
+                        PrefillWorker<T>{a, task, prefill_scratch, zero_row}.run();
+                        continue;
+                    }
+                Worker<T, arithmetic>{a, task, scratch, zero_row, zero_scales}.run();
             } catch (const std::bad_alloc&) { without_memory = true; }
         }
 #pragma omp for schedule(static)

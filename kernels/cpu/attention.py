@@ -1,8 +1,7 @@
 """`paged_attention` by the native kernel, or the reference kernel for unsupported dtypes.
 
-Prefill reads blocks in place too. Its time relative to gathering the blocks for torch's fused
-attention, on an AVX-512 CPU without matrix units: 0.36 to 0.6 in bfloat16, 0.45 to 0.95 in float32.
-The AVX2 build takes 0.7 to 1.1, the portable build 1.2 to 3.
+Prefill reads blocks in place too, in less time than gathering the blocks for torch's fused attention,
+except in the portable build. `docs/kernels.md` has the figures.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "abi.h"
@@ -15,7 +16,7 @@ constexpr int TILE_MOST = 32;
 // cache with fewer tokens. 32 tokens for float32 cost 5 to 8 %, and so do 16 for other types.
 template <class T> constexpr int tile_of() { return sizeof(T) >= 4 ? 16 : TILE_MOST; }
 
-// Query vectors of one kv head per task: their sums stay in the L1 and L2 caches.
+// Query vectors of one kv head per task of few queries: their sums stay in the L1 and L2 caches.
 constexpr int QUERIES = 16;
 constexpr float LOWEST = -3.402823466e38f;
 constexpr float INT16_MOST = 32767.0f;
@@ -29,6 +30,7 @@ struct Task {
     int64_t start, stop;               // kv tokens
     int64_t partial;                   // slot of the partial result; -1: write the output
     bool with_sink;
+    int64_t kv_head;                   // of a task of many queries (`prefill.h`); -1: all heads
 };
 
 // The kv tokens [first, last) that the query at `position` of a row sees.
@@ -47,35 +49,48 @@ inline int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
 // Most rows that `dots` takes at once.
 constexpr int ROWS_STAGED = LANES < 8 ? 8 : LANES;
 
-// Scratch memory of one thread, grown as needed and kept for its next call.
+// Memory of one thread, grown as needed and kept for its next call.
+class Memory {
+    std::vector<float> floats;
+
+public:
+    struct Part { float** start; int64_t size; };
+
+    // Gives each part whole cache lines.
+    void divide(std::initializer_list<Part> parts) {
+        int64_t total = 16;
+        for (const Part& part : parts) total += (part.size + 15) / 16 * 16;
+        if (int64_t(floats.size()) < total) floats.resize(total);
+        float* next = (float*)((uintptr_t(floats.data()) + 63) / 64 * 64);
+        for (const Part& part : parts) {
+            *part.start = next;
+            next += (part.size + 15) / 16 * 16;
+        }
+    }
+};
+
 struct Scratch {
-    std::vector<float> memory;
+    Memory memory;
     float *queries, *sums, *highest, *totals, *bias, *units;
     char* staged;  // rows for `dots`
 
     void prepare(const AttentionArguments& a, int64_t vectors) {
         int64_t heads = a.kv_heads * vectors, bias_rows = a.query_heads * vectors;
-        int64_t sizes[] = {heads * padded(a.head_dim), heads * padded(a.value_dim), heads * LANES,
-                           heads * LANES, bias_rows * TILE_MOST, heads * LANES,
-                           ROWS_STAGED * padded(a.head_dim)};
         float* rows;
-        float** parts[] = {&queries, &sums, &highest, &totals, &bias, &units, &rows};
-        int64_t total = 16;
-        for (int64_t size : sizes) total += (size + 15) / 16 * 16;
-        if (int64_t(memory.size()) < total) memory.resize(total);
-        float* next = (float*)((uintptr_t(memory.data()) + 63) / 64 * 64);
-        for (int part = 0; part < 7; part++) {
-            *parts[part] = next;
-            next += (sizes[part] + 15) / 16 * 16;
-        }
+        memory.divide({{&queries, heads * padded(a.head_dim)},
+                       {&sums, heads * padded(a.value_dim)},
+                       {&highest, heads * LANES},
+                       {&totals, heads * LANES},
+                       {&bias, bias_rows * TILE_MOST},
+                       {&units, heads * LANES},
+                       {&rows, ROWS_STAGED * padded(a.head_dim)}});
         staged = (char*)rows;
     }
 };
 
 // Addresses of a tile's tokens. Hidden tokens and padding point to zeros: 0 * NaN is NaN, so stale
 // bytes must not be multiplied even by a weight of zero.
-template <class T> struct Tile {
-    static constexpr int TILE = tile_of<T>();
+template <class T, int TILE = tile_of<T>()> struct Tile {
     const T *keys[TILE], *values[TILE];
     const float *key_scales[TILE], *value_scales[TILE];
     int64_t start = 0;
