@@ -1,6 +1,6 @@
 """`paged_attention` by the native kernel, or the reference kernel for unsupported dtypes.
 
-Prefill reads blocks in place too, in less time than gathering the blocks for torch's fused attention,
+Prefill reads blocks in place too, in less time than gathering them for torch's fused attention,
 except in the portable build. `docs/kernels.md` has the figures.
 """
 
