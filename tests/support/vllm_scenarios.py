@@ -189,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--offload", type=json.loads, help="settings of kvpager, as JSON")
+    parser.add_argument("--scheduler", help="a class of schedulers, in place of vLLM's")
     parser.add_argument("--blocks", type=int, default=160)
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
     parser.add_argument("--spoil", action="store_true", help="exchange rows in each load")
@@ -200,7 +201,9 @@ def main() -> None:
         {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     )
 
-    settings, watch = {}, None
+    settings, watch = dict[str, Any](), None
+    if args.scheduler is not None:
+        settings["scheduler_cls"] = args.scheduler
     is_here = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     if args.offload is not None:
         from kvpager.integrations.vllm import offload

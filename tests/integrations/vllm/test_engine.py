@@ -172,6 +172,16 @@ def test_an_engine_in_its_own_process_says_the_same(
     assert set(os.listdir("/dev/shm")) <= before
 
 
+def test_kvpagers_block_manager_gives_the_hits_and_tokens_of_vllms(
+    models: Path, alone: dict[str, Any]
+) -> None:
+    scheduler = "tests.support.vllm_scheduler.KvpagerScheduler"
+    found = run(models / "llama", "--scheduler", scheduler)
+    assert found["answers"] == alone["llama"]
+    assert found["preempted"] > 0
+    assert found["device"]["free"] == found["device"]["blocks"] - 1
+
+
 @both
 def test_rows_that_are_exchanged_on_purpose_are_noticed(models: Path, synchronous: bool) -> None:
     found = offloaded(
