@@ -238,6 +238,11 @@ class Accounts:
             return 0
         return self._unmet - (pool.num_free + pool.num_evictable - fewer)
 
+    def unmet_beside(self, number: int, held: Counts) -> int:
+        """Return the unmet blocks of all other floors if accounts held `held`. O(accounts)."""
+        others = (each for each in self._accounts.items() if each[0] != number)
+        return sum(max(account.quota.floor - held.get(key, 0), 0) for key, account in others)
+
     def unmet_if(self, namespace: str | None, floor: int, held: int) -> int:
         """Return the unmet blocks of all floors if this namespace had `floor`. O(1).
 

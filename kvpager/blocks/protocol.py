@@ -12,7 +12,7 @@ from typing import Protocol, overload
 from numpy.typing import ArrayLike
 
 from kvpager.blocks.sequences import Batch, SequenceHandle, Target
-from kvpager.blocks.stats import Stats
+from kvpager.blocks.stats import Stats, Withheld
 from kvpager.plans import AppendPlan, CopyPlan, Int32, Int64, Tier
 
 
@@ -42,6 +42,11 @@ class Bounds(Protocol):
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return the most blocks that a sequence of up to `num_tokens` holds. O(groups)."""
+
+    def withheld(
+        self, prompt: ArrayLike | None, namespace: str | None, lora: str | None
+    ) -> Withheld:
+        """Return the blocks that a sequence cannot get even alone. O(tokens + blocks)."""
 
 
 class CacheManager(Protocol):

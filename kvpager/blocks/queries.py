@@ -12,7 +12,7 @@ from kvpager._validate import COUNT_MAX
 from kvpager.blocks.allocation import Allocation, identity
 from kvpager.blocks.sequences import Batch, PrefixMatch, SequenceHandle, Target, listed
 from kvpager.blocks.state import BlockState
-from kvpager.blocks.stats import BlockStatus, Stats
+from kvpager.blocks.stats import BlockStatus, Stats, Withheld
 from kvpager.blocks.windows import blocks_for
 from kvpager.errors import OutOfBlocks
 from kvpager.plans import Int32, Int64
@@ -139,6 +139,35 @@ class Queries:
         with self._state.lock:
             num_tokens, found = self._allocation.find(who, ids)
             return PrefixMatch.of(num_tokens, found.copy()) if blocks else num_tokens
+
+    def withheld(
+        self, prompt: ArrayLike | None, namespace: str | None, lora: str | None
+    ) -> Withheld:
+        """Return the blocks that a sequence cannot get. O(1), O(tokens + blocks) with pins.
+
+        The sequence shares the pinned blocks of `prompt`, unless layers have a window. None: it
+        has no token ids.
+        """
+        state = self._state
+        with state.lock:
+            accounts, pool = state.accounts, state.pool
+            if not (pool.num_holds or accounts.limits):
+                return Withheld()
+            pinned, number = np.flatnonzero(pool.holds), accounts.owner(namespace)
+            held = accounts.count(pinned)
+            reserved = accounts.unmet_beside(number, held)
+            num_shared = 0
+            # Behind a window, a sequence shares a block for some time only.
+            if prompt is not None and len(pinned) and not any(state.windows):
+                num_shared = self._num_pinned(prompt, namespace, lora)
+            return Withheld(len(pinned) - num_shared, held.get(number, 0) - num_shared, reserved)
+
+    def _num_pinned(self, prompt: ArrayLike, namespace: str | None, lora: str | None) -> int:
+        """Return how many blocks that a sequence with this prompt would share are pinned."""
+        ids = arguments.token_ids(prompt)[:-1]  # the last token is always computed
+        num_tokens, blocks = self._allocation.find(identity(namespace, lora, (), len(ids)), ids)
+        whole = blocks[: num_tokens // self._state.block_size]
+        return int(np.count_nonzero(self._state.pool.holds[whole]))
 
     # ---------------------------------------------------------------- the pool
 

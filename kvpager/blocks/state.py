@@ -24,7 +24,7 @@ from kvpager.blocks.fences import Fences
 from kvpager.blocks.policies import POLICIES, make_policy
 from kvpager.blocks.policies.base import EvictionPolicy
 from kvpager.blocks.policies.failsafe import FailSafe
-from kvpager.blocks.pool import BlockPool
+from kvpager.blocks.pool import OFFERED, BlockPool
 from kvpager.blocks.prefix import PrefixIndex
 from kvpager.blocks.radix import Forest
 from kvpager.blocks.sequences import Batch, Prompt, SequenceHandle, SequenceTable
@@ -321,6 +321,7 @@ class BlockState:
         self.change.begin()
         blocks = self.fences.unpin(ticket)
         if not keep_rank:
+            self.pool.marks[blocks] &= ~np.uint16(OFFERED)
             self.evictor.release(blocks)
         elif len(blocks):
             self.evictor.enqueue(blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from kvpager import _validate as arguments
 from kvpager.blocks.metric_families import Families
@@ -51,6 +51,20 @@ class Stats:
     total_prefix_hits: int  # prompts with at least one cached token
     prefix_query_tokens: int
     prefix_hit_tokens: int
+
+
+class Withheld(NamedTuple):
+    """Device blocks that a sequence cannot get, even if no other sequence holds any.
+
+    Attributes:
+        pinned: the pinned blocks that it would not share.
+        own: of these, the ones of its namespace.
+        reserved: blocks that the floors of other namespaces reserve, besides their pinned ones.
+    """
+
+    pinned: int = 0
+    own: int = 0
+    reserved: int = 0
 
 
 class HasStats(Protocol):

@@ -123,7 +123,7 @@ class EngineCore:
             self.tiers = TierControls(owner)
         parts = scheduler, runner, sampler, self._dispatcher, self._lock
         self._loop = Loop(*parts, guard, self._fetching, on_step)
-        quotas = LiveQuotas(scheduler.manager, self._loop.requests)
+        quotas = LiveQuotas(scheduler, self._loop.requests)
         self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
         self.kv_events = None if kv_events is None else publish(scheduler, kv_events, tiering)

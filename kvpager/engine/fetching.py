@@ -20,6 +20,7 @@ from kvpager.plans import LoadBlocks, StepPlan, Transfer
 from kvpager.scheduling.request import Request, lora_of_version
 from kvpager.scheduling.scheduler import Scheduler
 from kvpager.storage.tiers.loading import Fetch
+from kvpager.storage.tiers.retaining import Retained
 from kvpager.storage.tiers.tiering import Tiering
 from kvpager.storage.tiers.tiering_stats import TieringStats
 
@@ -127,6 +128,21 @@ class Fetching:
         nothing.set_result(0)
         return nothing
 
+    def retain(self, prompt: ArrayLike, namespace: str | None) -> Retained:
+        """Keep the cached blocks of a prompt on the device. O(tokens + live requests).
+
+        Raises: `ValueError` if a live request could not end beside them.
+        """
+        if not self._check_on():
+            return Retained()
+        lora = lora_of_version(None, self._cache_version)
+        check = self._scheduler.refuse_starvation
+        return self._tiering.retentions.begin(prompt, check, namespace=namespace, lora=lora)
+
+    def note_arrival(self) -> None:
+        """Release the retained prompts if the prefix cache was cleared. O(1)."""
+        self._check_on()
+
     def note_prompts(self, requests: Iterable[Request]) -> None:
         """Record that prompts of live requests are computed: they may be saved. O(requests)."""
         if self._saves is not None and self._is_on:
@@ -178,6 +194,9 @@ class Fetching:
 
     def between_steps(self) -> None:
         """Let requests start whose fetch has ended, and save some blocks."""
+        if self._is_on and self._scheduler.cache_version != self._cache_version:
+            with self._lock:
+                self._check_on()
         is_cleaning = self._is_on and self._find_dirty()
         is_saving = self._has_prompts()
         if not (self._held or is_cleaning or is_saving or self.is_waiting):
@@ -280,6 +299,7 @@ class Fetching:
 
     def _turn_off(self) -> None:
         self._is_on = self._may_be_dirty = False
+        self._tiering.retentions.end_all()
         held, self._held = self._held, []
         for each in held:
             self._tiering.cancel(each.fetch)
@@ -297,6 +317,7 @@ class Fetching:
         """
         ends_at = time.monotonic() + _LAST_SAVES_S
         self._tiering.finish_by(ends_at)
+        self._tiering.retentions.end_all()  # so that their blocks are saved
         try:
             if saving:
                 self._save_all(ends_at, run_plan)

@@ -84,6 +84,8 @@ class Loop:
             raise ValueError(
                 f"request_id={request.request_id!r}: a live request has this id. Choose another."
             )
+        if self._fetching is not None:
+            self._fetching.note_arrival()
         # Track the request first: after an interrupt, no queued request may be untracked.
         self.requests[request.request_id] = tracked
         try:

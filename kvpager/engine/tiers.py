@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from kvpager.engine.fetching import Fetching
+from kvpager.storage.tiers.retaining import Retained
 from kvpager.storage.tiers.tiering import Tiering
 from kvpager.storage.tiers.tiering_stats import TieringStats
 
@@ -46,6 +47,15 @@ class EngineTiers:
             self._refuse_closed()
             work = self._fetching.warm(prompt, namespace, wait_s)
         return work.result()
+
+    def retain(self, prompt: ArrayLike, namespace: str | None) -> Retained:
+        """Keep a cached prompt on the device. O(tokens + live requests).
+
+        Raises: `EngineClosed`; `ValueError` if a live request may need the blocks.
+        """
+        with self.locked():
+            self._refuse_closed()
+            return self._fetching.retain(prompt, namespace)
 
     def stats(self) -> TieringStats:
         """Return current counts. O(stores)."""

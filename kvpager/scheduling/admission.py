@@ -7,9 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvpager._text import counted
+from kvpager.blocks.stats import Withheld
 from kvpager.errors import OutOfBlocks, QueueFull
+from kvpager.plans import Int32
 from kvpager.scheduling.placement import Placement
-from kvpager.scheduling.request import Request, RequestState, Status, blocks_needed
+from kvpager.scheduling.request import (
+    Request,
+    RequestState,
+    Status,
+    blocks_needed,
+    lora_of_version,
+)
 from kvpager.scheduling.sequence_state import num_common
 from kvpager.scheduling.step import StepBuilder
 
@@ -45,9 +53,13 @@ class AdmissionPolicy:
 
     # ---------------------------------------------------------------- accept or refuse
 
-    def refuse_impossible(self, request: Request, num_prompt: int) -> None:
-        """Raise `ValueError` if the request could not run even alone. O(1)."""
+    def refuse_impossible(self, request: Request, prompt: Int32) -> None:
+        """Raise `ValueError` if the request could not run even alone. O(1).
+
+        O(tokens + blocks) if blocks are pinned.
+        """
         what, max_num_seqs = f"request {request.request_id!r}:", self._table.max_num_seqs
+        num_prompt = len(prompt)
         if request.n > max_num_seqs:
             raise ValueError(
                 f"{what} n={request.n} is more than max_num_seqs={max_num_seqs}. "
@@ -59,15 +71,41 @@ class AdmissionPolicy:
             raise ValueError(
                 f"{what} exceed max_model_len={most}. Shorten the prompt or lower max_new_tokens."
             )
-        need = blocks_needed(request, num_prompt, self._manager)
+        self._refuse_without_room(request, prompt, what)
+
+    def _refuse_without_room(self, request: Request, prompt: Int32, what: str) -> None:
+        need = blocks_needed(request, len(prompt), self._manager)
         what += f" in {counted(request.n, 'sample')} may need {need} blocks, but"
         fix = "Lower max_new_tokens or the number of samples, or"
-        if need > self._num_usable:
-            raise ValueError(f"{what} the pool has {self._num_usable}. {fix} enlarge the pool.")
+        withheld = self._withheld(request, prompt)
+        if withheld.pinned:  # samples may need a block more to share cached blocks
+            need += request.n - 1
+        if need > self._num_usable - withheld.pinned - withheld.reserved:
+            room, fix = f"the pool has {self._num_usable}", f"{fix} enlarge the pool"
+            if withheld.pinned:
+                room += f", {withheld.pinned} of them retained for other prompts"
+                fix += ", or release retained prompts"
+            if withheld.reserved:
+                room += f", {withheld.reserved} of them reserved for other namespaces"
+                fix += ", or lower their floors"
+            raise ValueError(f"{what} {room}. {fix}.")
         ceiling = self._manager.quotas.ceiling(request.namespace)
-        if ceiling is not None and need > ceiling:
-            quota = f"the quota of its namespace is {ceiling}"
-            raise ValueError(f"{what} {quota}. {fix} raise the quota.")
+        if ceiling is not None and need > ceiling - withheld.own:
+            room, fix = f"the quota of its namespace is {ceiling}", f"{fix} raise the quota"
+            if withheld.own:
+                room += f", {withheld.own} of them retained for other prompts"
+                fix += ", or release retained prompts"
+            raise ValueError(f"{what} {room}. {fix}.")
+
+    def _withheld(self, request: Request, prompt: Int32) -> Withheld:
+        lora = lora_of_version(request.lora, self._table.cache_version)
+        shared = prompt if self._placement.prefix_cache else None
+        return self._manager.queries.withheld(shared, request.namespace, lora)
+
+    def refuse_starvation(self) -> None:
+        """Raise `ValueError` if a live request could not end, because of pins. O(live requests)."""
+        for state in self._table.live.values():
+            self.refuse_impossible(state.request, state.prompt)
 
     def refuse_overflow(self) -> None:
         """Raise `QueueFull` if the queue is full. O(1)."""
@@ -111,7 +149,9 @@ class AdmissionPolicy:
     def _reclaim_for(self, state: RequestState, builder: StepBuilder) -> bool:
         """Drop a swapped request whose device blocks `state` may take. O(blocks).
 
-        Returns False if there is none, or if a running request will release blocks anyway.
+        If there is none, drop `state` if it is swapped: it may begin again with cached blocks that
+        are pinned. Returns False if nothing was dropped, as when a running request will release
+        blocks anyway.
         """
         others = [*self._table.running, *self._table.preempted]
         if self._is_over_quota(state, builder):
@@ -119,7 +159,12 @@ class AdmissionPolicy:
             others = [each for each in others if each.request.namespace == namespace]
         if any(each.status is Status.RUNNING for each in others):
             return False
-        return self._placement.reclaim(each for each in others if each is not state)
+        if self._placement.reclaim(each for each in others if each is not state):
+            return True
+        if state.status is not Status.SWAPPED or not self._table.has_room_for(state):
+            return False
+        self._placement.drop(state)
+        return True
 
     def _resume_one(self, state: RequestState, builder: StepBuilder) -> bool:
         if state.status is Status.DROPPED:

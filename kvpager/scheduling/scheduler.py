@@ -140,11 +140,19 @@ class Scheduler:
                     f"request_id={request.request_id!r}: a live request has this id. "
                     "Choose another."
                 )
-            self._admission.refuse_impossible(request, len(prompt))
+            self._admission.refuse_impossible(request, prompt)
             self._admission.refuse_overflow()
             now = float(self.clock())
             self._change.begin()
             self._table.add(request, prompt, now)
+
+    def refuse_starvation(self) -> None:
+        """Raise `ValueError` if a live request could not run even alone. O(requests * tokens).
+
+        Call it after pinning cached blocks of the manager, and undo the pin if this raises.
+        """
+        with self._lock:
+            self._admission.refuse_starvation()
 
     @property
     def cache_version(self) -> int:

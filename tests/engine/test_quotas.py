@@ -70,7 +70,9 @@ def test_a_quota_too_small_for_live_requests_is_refused() -> None:
             gate.entered.acquire()
             with pytest.raises(ValueError, match=r"request 'r0' may need 3\. Cancel it"):
                 engine.quotas["acme"] = 2
-            with pytest.raises(ValueError, match=r"4 blocks .* its requests hold more"):
+            with pytest.raises(
+                ValueError, match=r"4 blocks .* its requests and retained prompts hold more"
+            ):
                 engine.quotas["acme"] = 4
             assert dict(engine.quotas) == {"acme": 12}
         for stream in streams:

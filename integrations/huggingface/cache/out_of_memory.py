@@ -25,7 +25,9 @@ def out_of_memory(
         (stats.num_free, stats.num_cached, stats.num_blocks) if pool.reserved_bytes else (0, 0, 0)
     )
     # If all blocks grow, those in use are among the blocks that are needed.
-    num_bytes, held = (larger_bytes, 0) if larger_bytes else (pool.block_bytes, stats.num_held)
+    num_bytes, held, kept = pool.block_bytes, stats.num_held, stats.num_kept
+    if larger_bytes:
+        num_bytes, held, kept = larger_bytes, 0, 0
     is_host = budget.tier == "host"
     message = f"KV cache out of {'host ' if is_host else ''}memory: "
     message += f"{counted(need, 'more block')} ({size(need * num_bytes)}) needed, "
@@ -34,9 +36,12 @@ def out_of_memory(
     else:
         others = memory.reserved_bytes - pool.reserved_bytes
         enough = max(others + (held + need) * num_bytes, memory.call_bytes(kind))
+        enough += kept * num_bytes
         message += f"{budget.bound_as_given()} allows {budget.bound // num_bytes}"
         if held:
             message += f", {held} in use"
+        if kept:
+            message += f", {kept} retained"
         if others:
             message += f", other layers take {size(others)}"
         message += f". Raise {budget.name} to {size(enough, round_up=True)}"
@@ -75,8 +80,9 @@ class PoolQuotas:
             self._pool.manager.quotas.set(namespace, ceiling=ceiling)
         except ValueError as error:
             raise ValueError(
-                f"quota of {self._sized(ceiling or 0)} for namespace {namespace!r}: its calls and "
-                "caches hold more. Drop a cache that is no longer needed, or raise the quota."
+                f"quota of {self._sized(ceiling or 0)} for namespace {namespace!r}: its calls, "
+                "caches and retained prompts hold more. Drop a cache that is no longer needed, or "
+                "raise the quota."
             ) from error
 
     def drop(self, namespace: str | None) -> None:

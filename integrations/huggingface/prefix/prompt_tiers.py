@@ -26,6 +26,7 @@ from kvpager.integrations.huggingface.cache.prompt import PrefixKey, Prompt
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.plans import Int32
 from kvpager.storage.tiers.loading import Fetch
+from kvpager.storage.tiers.retaining import Retained
 from kvpager.storage.tiers.tiering import Tiering
 from kvpager.storage.tiers.tiering_stats import TieringStats
 
@@ -128,6 +129,22 @@ class PromptTiers:
             namespace = self._pool.memory.namespaces.current
         key = PrefixKey(namespace, self._model.look())
         return self._fetch([arguments.token_ids(prompt)], key, wait_s)
+
+    def retain(self, prompt: ArrayLike, namespace: str | None) -> Retained:
+        """Keep the cached blocks of a prompt on the device. O(tokens). Raises: as `tiering`.
+
+        If `namespace` is None, uses that of current calls.
+        """
+        self.tiering()
+        if namespace is None:
+            namespace = self._pool.memory.namespaces.current
+        version = self._model.look()
+        with self._lock, self._uninterrupted:
+            if self._is_on and not self._model.made(version):
+                self.turn_off("the model changed")
+            if not self._is_on:
+                return Retained()
+            return self._tiering.retain(prompt, namespace=namespace, lora=version)
 
     def _fetch(self, rows: list[Int32], key: PrefixKey, wait_s: float | None = None) -> int:
         """Fetch rows under a key; return how many tokens were added."""
@@ -232,10 +249,11 @@ class PromptTiers:
             return self._is_on and not self._tiering.is_clean and self._tiering.has_room
 
     def turn_off(self, reason: str) -> None:
-        """Fetch and save nothing any more. O(1)."""
+        """Fetch, save and retain nothing any more. O(retained blocks)."""
         if self._is_on:
             logger.warning("kvpager: tiers are not used any more, because %s", reason)
             self._off = reason
+            self._tiering.retentions.end_all()
 
     def _give_up(self) -> None:
         logger.exception("kvpager: tiers failed")
@@ -258,7 +276,10 @@ class PromptTiers:
         return lines
 
     def save_last(self) -> None:
-        """Save the idle blocks, for at most 5 seconds."""
+        """Release retained prompts, and save the idle blocks, for at most 5 seconds."""
+        with self._lock:
+            if not self._is_closed:
+                self._tiering.retentions.end_all()
         progress = threading.Event()
         ends = time.monotonic() + _LAST_SAVES_S
         while (left_s := ends - time.monotonic()) > 0:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from numpy.typing import ArrayLike
 
 from kvpager import _validate as arguments
+from kvpager.storage.tiers.retaining import Retained
 from kvpager.storage.tiers.tiering import Tiering
 from kvpager.storage.tiers.tiering_stats import TieringStats
 
@@ -26,6 +27,10 @@ class TiersOwner(Protocol):
 
     def warm(self, prompt: ArrayLike, namespace: str | None, wait_s: float) -> int:
         """Load a prompt into the prefix cache; return how many tokens were added. O(bytes)."""
+        ...
+
+    def retain(self, prompt: ArrayLike, namespace: str | None) -> Retained:
+        """Keep the cached blocks of a prompt on the device. O(tokens). Raises: `ValueError`."""
         ...
 
     def stats(self) -> TieringStats:
@@ -74,6 +79,21 @@ class TierControls:
         arguments.label("namespace", namespace)
         wait_s = arguments.seconds("wait_s", wait_s)
         return sum(self._owner.warm(prompt, namespace, wait_s) for prompt in prompts)
+
+    def retain(self, prompt: ArrayLike, *, namespace: str | None = None) -> Retained:
+        """Keep the blocks of a prompt that are cached now on the device. O(tokens + live requests).
+
+            with engine.tiers.retain(prompt):
+                ...
+
+        The end of the `with` block, or `release` of the result, lets them leave. `forget`, the end
+        of the engine or the patch, and all that turns tiers off do so, too. If tiers are off,
+        nothing is retained. Raises: `ValueError` if a live request, or the floor of a namespace,
+        needs the blocks; `TypeError` for a bad argument; `KVPagerError` if the engine or the patch
+        has ended.
+        """
+        arguments.label("namespace", namespace)
+        return self._owner.retain(prompt, namespace)
 
     def stats(self) -> TieringStats:
         """Return current counts, also after the end of the engine or the patch. O(stores)."""

@@ -35,6 +35,7 @@ from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys, checked_name
 from kvpager.storage.tiers.prompt_saving import PromptSaver
 from kvpager.storage.tiers.protocol import BlockStore
+from kvpager.storage.tiers.retaining import Retained, Retentions
 from kvpager.storage.tiers.saving import Saver, StagedBlock
 from kvpager.storage.tiers.slot_memory import SlotMemory
 from kvpager.storage.tiers.tiering_stats import TieringStats, TierStats
@@ -78,6 +79,7 @@ class Tiering:
         is_clean: True if the last `clean` found no block to save.
         prompts: saves the blocks of a prompt that other processes wait for.
         context_of: as the argument.
+        retentions: the prompts that stay on the device.
         step_blocks_max: how many blocks `attach` and `clean` should copy in one step together.
     """
 
@@ -124,6 +126,8 @@ class Tiering:
         parts = manager, staging, self.stores, self._keying, self._saver, self.followers
         self.prompts = PromptSaver(*parts)
         self._attacher = self._made_attacher()
+        self.retentions = Retentions(manager, self.lock, self._note_release)
+        self._has_released = False
         self._num_declined = 0
         self._is_open = True
         is_private = all(getattr(store, "is_private", False) for store in self.stores)
@@ -284,18 +288,23 @@ class Tiering:
     def has_news(self) -> bool:
         """True if `clean` may find more than at the last call, without a block that became idle.
 
-        That is when stores have answered, or blocks left and others leave next. O(1).
+        That is when stores have answered, retained prompts were released, or blocks left and
+        others leave next. O(1).
         """
         num_evicted = self._manager.queries.num_evicted_blocks
         has_moved = self._ahead is not None and self._num_evicted != num_evicted
-        return has_moved or self._saver.has_news
+        return has_moved or self._has_released or self._saver.has_news
+
+    def _note_release(self) -> None:
+        self._has_released = True
+        self.on_progress()
 
     def has_dirty(self) -> bool:
         """Return True if `clean` would find a block to offer. As `CachedBlocks.leaving`."""
         return len(self._leaving(1)) > 0
 
     def _leaving(self, count: int) -> Int32:
-        cached = self._manager.cached
+        cached, self._has_released = self._manager.cached, False
         for store, keys, is_kept in self._saver.take_news():
             (cached.mark_clean if is_kept else cached.mark_dirty)(keys, store)
         self._num_evicted = self._manager.queries.num_evicted_blocks
@@ -373,19 +382,13 @@ class Tiering:
                     raise
         return count
 
-    def retain(self, prompt: ArrayLike, **key: Unpack[KeyParts]) -> int:
-        """Keep the cached blocks of a prompt on the device until `release`. O(tokens).
+    def retain(self, prompt: ArrayLike, **key: Unpack[KeyParts]) -> Retained:
+        """Keep the cached blocks of a prompt on the device until it is released. O(tokens).
 
-        Returns a ticket. Stores may drop their copies meanwhile: blocks are offered again when they
-        are about to leave. Raises: `ValueError` if floors of namespaces need the blocks.
+        Stores may drop their copies meanwhile: blocks are offered again after the release. `forget`
+        and `close` release, too. Raises: `ValueError` if floors of namespaces need the blocks.
         """
-        manager = self._manager
-        found = manager.match_prefix(prompt, blocks=True, **key)
-        return manager.cached.hold(found.whole(manager.block_size))
-
-    def release(self, ticket: int) -> None:
-        """End a `retain`. O(blocks). Raises: `ValueError` for a ticket that is not open."""
-        self._manager.cached.release(ticket)
+        return self.retentions.begin(prompt, lambda: None, **key)
 
     def limit(
         self, namespace: str, *, capacity: int | str | None = None, ttl_s: float | None = None
@@ -402,12 +405,13 @@ class Tiering:
     def forget(self, namespace: str) -> Future[int]:
         """Drop the blocks of a namespace from the prefix cache, and soon from all stores.
 
-        Fetches under way add nothing. Blocks that a sequence holds stay cached. Returns how many
-        blocks left the stores: call it again if a store failed. Blocks that other processes saved
-        may stay: only another secret in `context_of` makes sure that none is found.
-        O(cached blocks of the namespace).
+        Fetches under way add nothing. Blocks that a sequence holds stay cached; retained prompts
+        are released. Returns how many blocks left the stores: call it again if a store failed.
+        Blocks that other processes saved may stay: only another secret in `context_of` makes sure
+        that none is found. O(cached blocks of the namespace).
         """
-        self._manager.cached.evict(checked_name(namespace))
+        self.retentions.end_namespace(checked_name(namespace))
+        self._manager.cached.evict(namespace)
         for fetch in self._live:
             fetch.is_void = fetch.is_void or fetch.identity["namespace"] == namespace
         return self._saver.forget(namespace)
@@ -431,6 +435,7 @@ class Tiering:
     def close(self) -> None:
         """Wait for saves, at most `max_wait_s` seconds, and close the stores. Twice is as once."""
         self._is_open = False
+        self.retentions.end_all()
         self._loader.close()
         self._saver.close()
         for fetch in list(self._live):

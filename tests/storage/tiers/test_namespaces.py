@@ -322,12 +322,21 @@ def test_warmed_prompts_are_cached_without_a_request() -> None:
 def test_a_retained_prompt_stays_on_the_device() -> None:
     node = Node(num_blocks=8)
     node.compute(prompt(1))
-    ticket = node.tiering.retain(prompt(1))
-    with pytest.raises(OutOfBlocks):
-        node.manager.allocate(4 * SIZE)
-    assert node.clean() == 0
-    node.tiering.release(ticket)
+    with node.tiering.retain(prompt(1)) as retained:
+        assert retained.num_tokens == 20
+        with pytest.raises(OutOfBlocks):
+            node.manager.allocate(4 * SIZE)
+        assert node.clean() == 0
+    retained.release()
+    assert node.tiering.has_news
     assert node.clean() == 5
-    with pytest.raises(ValueError, match="ticket"):
-        node.tiering.release(ticket)
     node.end()
+
+
+def test_the_end_of_a_tiering_releases_retained_prompts() -> None:
+    node = Node(num_blocks=8)
+    node.compute(prompt(1))
+    retained = node.tiering.retain(prompt(1))
+    node.end()
+    assert retained.num_tokens == 0
+    retained.release()

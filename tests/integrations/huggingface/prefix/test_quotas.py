@@ -257,7 +257,7 @@ def test_a_dropped_cache_does_not_count_against_a_quota() -> None:
     with kvpager.patch(llama(), prefix_cache=True) as patch:
         with patch.namespace("acme"):
             output = generate(1, return_dict_in_generate=True)
-        with pytest.raises(ValueError, match="its calls and caches hold more"):
+        with pytest.raises(ValueError, match="its calls, caches and retained prompts hold more"):
             patch.quotas["acme"] = 2
         del output
         gc.collect()
