@@ -107,13 +107,10 @@ class Placement:
             builder.is_blocked = True
         last = max(running, key=self.table.policy.rank)
         if len(running) == 1:
-            # With nothing to reclaim, blocks are pinned, or another user of the manager holds them.
-            # Drop this request: it may begin again at once with cached blocks, or wait.
+            # With nothing to reclaim, blocks are pinned, or another user of the manager holds them:
+            # drop this request, which begins again later, with cached blocks if it can.
             if not self.reclaim(preempted):
                 self.drop(last)
-                if not builder.swaps:  # otherwise a request could return in the step that it left
-                    builder.is_blocked = False
-                    builder.over_quota.discard(last.request.namespace)
         else:
             self._preempt(last, builder)
 

@@ -14,7 +14,7 @@ from kvpager.storage.tiers.followers import Followers
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver
-from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.slot_memory import Lease, SlotMemory
 
 
 class Attached(NamedTuple):
@@ -89,15 +89,16 @@ class PrefixAttacher:
             start = sequence.num_cached_tokens // size
             if start < first:
                 return None
+            skipped = min(start, stop) - first
             slots, sources = fetch.take(stop - first)
-            skipped = min(start - first, len(slots))
-            self._staging.give(slots[:skipped])
-            slots, sources = slots[skipped:], sources[skipped:]
-            if not slots:
-                return Attached([], [], 0)
-            self._saver.promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
-            blocks = manager.block_tables([sequence])[0][start:stop].tolist()
-            self._staging.write(slots, blocks)
+            with Lease(self._staging, slots) as lease:
+                slots, sources = slots[skipped:], sources[skipped:]
+                if not slots:
+                    return Attached([], [], 0)
+                self._saver.promote(fetch.keys[start:stop], identity["namespace"], slots, sources)
+                blocks = manager.block_tables([sequence])[0][start:stop].tolist()
+                self._staging.write(slots, blocks)
+                lease.slots = lease.slots[:skipped]
             self._followers.load(fetch, start, blocks)
             manager.commit(sequence, stop * size)
             found = manager.match_prefix(fetch.tokens[: length + 1], blocks=True, **shortened)

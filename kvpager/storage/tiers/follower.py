@@ -26,7 +26,7 @@ from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver, StagedBlock
-from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.slot_memory import Lease, SlotMemory
 
 _NO_IDENTITY: KeyParts = {"namespace": None, "lora": None, "mm_hashes": []}  # the keys cover it
 
@@ -116,22 +116,23 @@ class TierFollower:
             )
         self._staging.give(fetch.take(start - fetch.first)[0])
         slots, sources = fetch.take(len(asked.blocks))
-        self._saver.promote(fetch.keys[start:stop], None, slots, sources)
-        self._staging.write(slots, asked.blocks.tolist())
+        with Lease(self._staging, slots) as lease:
+            self._saver.promote(fetch.keys[start:stop], None, slots, sources)
+            self._staging.write(slots, asked.blocks.tolist())
+            lease.slots = []
 
     def _save(self, asked: SaveBlocks) -> None:
         self._saver.take_news()  # only the leader's stores decide which blocks are clean
-        slots = self._staging.take(len(asked.blocks))
-        try:
+        with Lease(self._staging) as lease:
+            if not (slots := lease.take(len(asked.blocks))):
+                return
             self._staging.read(asked.blocks[: len(slots)].tolist(), slots)
-        except BaseException:
-            self._staging.give(slots)
-            raise
-        if slots:
             numbers = range(len(self.stores))
             offered = [[n for n in numbers if mask >> n & 1] for mask in asked.stores.tolist()]
             parts = zip(self._keys(asked.keys[: len(slots)]), slots, offered, strict=False)
-            self._saver.submit([StagedBlock(key, None, slot, to) for key, slot, to in parts])
+            staged = [StagedBlock(key, None, slot, to) for key, slot, to in parts]
+            lease.slots = []
+            self._saver.submit(staged)
 
     def _keys(self, keys: UInt8) -> list[bytes]:
         return [shard_key(key.tobytes(), self.rank, self._layout) for key in keys]

@@ -20,7 +20,7 @@ from kvpager.storage.tiers.attaching import Attached
 from kvpager.storage.tiers.group_blocks import GroupBlocks, Place
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.saving import Saver
-from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.slot_memory import Lease, SlotMemory
 
 
 @dataclass
@@ -75,13 +75,15 @@ class GroupAttacher:
             return None
         blocks, namespace = _blocks_of(fetch), fetch.identity["namespace"]
         (slots, sources), places = fetch.take(count), blocks.take(count)
-        if slots:
-            tables = self._manager.block_tables([filling.sequence])[:, 0]
-            keys = [blocks.key(place) for place in places]
-            self._saver.promote(keys, namespace, slots, sources)
-            self._staging.write(slots, [int(tables[place]) for place in places])
-            filling.filled += places
-            filling.sources += sources
+        with Lease(self._staging, slots) as lease:
+            if slots:
+                tables = self._manager.block_tables([filling.sequence])[:, 0]
+                keys = [blocks.key(place) for place in places]
+                self._saver.promote(keys, namespace, slots, sources)
+                self._staging.write(slots, [int(tables[place]) for place in places])
+                lease.slots = []
+                filling.filled += places
+                filling.sources += sources
         return self._end(fetch) if not fetch.slots else Attached([], [], 0)
 
     def _begin(self, fetch: Fetch) -> _Filling | None:
@@ -97,11 +99,12 @@ class GroupAttacher:
             return None
         filling = self._filling[fetch] = _Filling(sequence, num_blocks - num_before)
         is_needed = [at.position < num_blocks and bool(missing[at]) for at in blocks.places]
-        useless = [not each for each in is_needed]
-        self._staging.give(compress(fetch.slots, useless))
-        blocks.places = list(compress(blocks.places, is_needed))
-        fetch.slots = list(compress(fetch.slots, is_needed))
-        fetch.sources = list(compress(fetch.sources, is_needed))
+        with Lease(self._staging) as useless:
+            slots = list(compress(fetch.slots, is_needed))
+            lost = list(compress(fetch.slots, [not each for each in is_needed]))
+            fetch.slots, useless.slots = slots, lost
+            fetch.sources = list(compress(fetch.sources, is_needed))
+            blocks.places = list(compress(blocks.places, is_needed))
         return filling
 
     def _end(self, fetch: Fetch) -> Attached:

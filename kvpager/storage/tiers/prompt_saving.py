@@ -14,7 +14,7 @@ from kvpager.storage.tiers.asking import is_bypassed
 from kvpager.storage.tiers.followers import Followers
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.saving import Saver, StagedBlock
-from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.slot_memory import Lease, SlotMemory
 
 _BATCH = 32  # blocks that stores answer within one deadline
 
@@ -93,21 +93,19 @@ class PromptSaver:
 
     def _offer(self, blocks: Int32, stores: list[int], prompt: PromptSave) -> int:
         """Copy blocks into staging, and offer them; return how many."""
-        slots = self._staging.take(len(blocks))
-        blocks = blocks[: len(slots)]
-        if not slots:
-            return 0
-        try:
+        with Lease(self._staging) as lease:
+            slots = lease.take(len(blocks))
+            blocks = blocks[: len(slots)]
+            if not slots:
+                return 0
             keys = self._manager.cached.keys(blocks, self._keying)
             self._staging.read(blocks.tolist(), slots)
             self._manager.cached.mark_offered(blocks)
-        except BaseException:
-            self._staging.give(slots)
-            raise
-        namespace = prompt.identity["namespace"]
-        pairs = zip(keys, slots, strict=True)
-        staged = [StagedBlock(key, namespace, slot, stores) for key, slot in pairs]
-        self._followers.save(blocks, staged)  # before stores may drop some again
-        prompt.work = self._saver.submit(staged)
+            namespace = prompt.identity["namespace"]
+            pairs = zip(keys, slots, strict=True)
+            staged = [StagedBlock(key, namespace, slot, stores) for key, slot in pairs]
+            self._followers.save(blocks, staged)  # before stores may drop some again
+            lease.slots = []
+            prompt.work = self._saver.submit(staged)
         prompt.num_copied += len(slots)
         return len(slots)

@@ -83,16 +83,21 @@ class Saver:
         return [news.popleft() for _ in range(len(news))]
 
     def submit(self, blocks: Sequence[StagedBlock]) -> Future[None] | None:
-        """Offer blocks to their stores soon; then give their slots back. O(1).
+        """Offer blocks to their stores soon; then give their slots back, also if this raises. O(1).
 
         Returns what is done when all stores have answered; None if they have already.
         """
+        waiting = [blocks]  # until one thread takes them
         try:
-            work = self._thread.submit(self._save, blocks)
-        except RuntimeError:  # the interpreter ends, and executors take no more work
-            self._save(blocks)
+            work = self._thread.submit(self._save, waiting)
+        except RuntimeError:  # the interpreter ends, or the system starts no thread
+            self._save(waiting)
             self._on_end()
             return None
+        except BaseException:
+            while waiting:
+                self._staging.give(block.slot for block in waiting.pop())
+            raise
         work.add_done_callback(lambda _: self._on_end())
         return work
 
@@ -124,7 +129,10 @@ class Saver:
             done.set_result(drop())
             return done
 
-    def _save(self, blocks: Sequence[StagedBlock]) -> None:
+    def _save(self, waiting: list[Sequence[StagedBlock]]) -> None:
+        if not waiting:  # the executor queued them although it raised
+            return
+        blocks = waiting.pop()
         deadline = time.monotonic() + self._max_wait_s
         try:
             for number, store in enumerate(self._stores):

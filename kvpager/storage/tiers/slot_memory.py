@@ -1,4 +1,4 @@
-"""The protocol of the buffer between blocks and stores."""
+"""The protocol of the buffer between blocks and stores, and leases of its slots."""
 
 from __future__ import annotations
 
@@ -26,3 +26,30 @@ class SlotMemory(Protocol):
     def slot(self, number: int) -> memoryview: ...  # noqa: D102
     def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None: ...  # noqa: D102
     def write(self, slots: Sequence[int], blocks: Sequence[int]) -> None: ...  # noqa: D102
+
+
+class Lease:
+    """Slots that go back at the end of a `with` block, unless they were passed on.
+
+    Whoever uses slots leases them, so that no error loses one: `attach` until `write` has given
+    them back, a save until `Saver.submit` owns them.
+
+    Attributes:
+        slots: the slots to give back. Set it to [] to pass them on.
+    """
+
+    def __init__(self, memory: SlotMemory, slots: Iterable[int] = ()) -> None:
+        self.slots = list(slots)
+        self._memory = memory
+
+    def take(self, count: int) -> list[int]:
+        """Return up to `count` free slots of the memory. O(slots)."""
+        self.slots = self._memory.take(count)
+        return self.slots
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        slots, self.slots = self.slots, []
+        self._memory.give(slots)

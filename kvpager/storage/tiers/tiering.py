@@ -37,7 +37,7 @@ from kvpager.storage.tiers.prompt_saving import PromptSaver
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.retaining import Retained, Retentions
 from kvpager.storage.tiers.saving import Saver, StagedBlock
-from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.slot_memory import Lease, SlotMemory
 from kvpager.storage.tiers.tiering_stats import TieringStats, TierStats
 
 _FETCHES_MAX = 256  # under way at once
@@ -323,34 +323,34 @@ class Tiering:
         self.is_clean = not len(blocks)
         if not len(blocks) or not self._is_open:
             return 0
-        blocks, slots = blocks[: self._staging.num_free], list[int]()
+        blocks = blocks[: self._staging.num_free]
         try:
             ticket = cached.hold(blocks)
         except ValueError:  # floors of namespaces need the blocks: try again later
             self.is_clean = True
             return 0
-        try:
-            keys = cached.keys(blocks, self._keying)
-            wanted = self._admissions.wanted(keys)
-            chosen = [number for number, stores in enumerate(wanted) if stores]
-            slots = self._staging.take(len(chosen))
-            if len(slots) < len(chosen):  # a thread took some meanwhile
-                blocks, chosen = blocks[: chosen[len(slots)]], chosen[: len(slots)]
-            namespaces = cached.namespaces(blocks[chosen])
+        with Lease(self._staging) as lease:
+            try:
+                keys = cached.keys(blocks, self._keying)
+                wanted = self._admissions.wanted(keys)
+                chosen = [number for number, stores in enumerate(wanted) if stores]
+                slots = lease.take(len(chosen))
+                if len(slots) < len(chosen):  # a thread took some meanwhile
+                    blocks, chosen = blocks[: chosen[len(slots)]], chosen[: len(slots)]
+                namespaces = cached.namespaces(blocks[chosen])
+                if chosen:
+                    self._staging.read(blocks[chosen].tolist(), slots)
+                cached.mark_offered(blocks)
+                # Not blocks without a slot: their next offer is the same one.
+                self._admissions.note(keys[: len(blocks)], wanted)
+            finally:
+                cached.release(ticket, keep_rank=True)
             if chosen:
-                self._staging.read(blocks[chosen].tolist(), slots)
-            cached.mark_offered(blocks)
-            # Not blocks without a slot: their next offer is the same one.
-            self._admissions.note(keys[: len(blocks)], wanted)
-            used, slots = slots, []
-        finally:
-            self._staging.give(slots)
-            cached.release(ticket, keep_rank=True)
-        if chosen:
-            parts = zip(chosen, namespaces, used, strict=True)
-            staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
-            self.followers.save(blocks[chosen], staged)  # before stores may drop some again
-            self._saver.submit(staged)
+                parts = zip(chosen, namespaces, slots, strict=True)
+                staged = [StagedBlock(keys[n], space, slot, wanted[n]) for n, space, slot in parts]
+                self.followers.save(blocks[chosen], staged)  # before stores may drop some again
+                lease.slots = []
+                self._saver.submit(staged)
         return len(chosen)
 
     # ---------------------------------------------------------------- for callers
