@@ -22,7 +22,7 @@ def make() -> None:
     path = [
         f"import site; site.addsitedir({str(packages(ROOT / vllm_environment.NAME))!r})",
         str(ROOT / "tests" / "support" / "sglang_on_cpu"),
-        "import sglang_on_cpu",  # in each process: SGLang starts its own anew
+        "import sglang_on_cpu",  # in each process, which SGLang spawns
     ]
     with environment(NAME, SGLANG, path) as python:
         if python is not None:

@@ -27,6 +27,7 @@ NOT_TESTED = {
     ("docs/guides/throughput.md", "takes minutes"): 2,
     ("docs/guides/tiers.md", "needs your stores"): 1,
     ("docs/models.md", "takes hours"): 1,
+    ("docs/sglang.md", "needs SGLang"): 2,
     ("docs/testing.md", "takes hours"): 1,
     ("docs/testing.md", "takes minutes"): 2,
     ("docs/vllm.md", "needs vLLM"): 2,

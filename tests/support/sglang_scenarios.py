@@ -47,6 +47,7 @@ class Driver:
                 "context_length": 4096,
                 "page_size": PAGE,
                 "log_level": "warning",
+                "sleep_on_idle": True,
                 **settings,
             }
         )
