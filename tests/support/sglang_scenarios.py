@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-PREFIX, PAGE, DEVICE_TOKENS = 1024, 16, 3072
+PREFIX, PAGE, DEVICE_TOKENS = 512, 16, 2048
 
 
 def tokens(seed: int, count: int) -> list[int]:
@@ -82,27 +82,27 @@ class Driver:
         """Ask for a prefix that others pushed out of the device and of host memory."""
         asked = [self.ask([tokens(5, PREFIX)])]
         for seed in range(10, 18):
-            self.ask([tokens(seed, 1000)], 1)
+            self.ask([tokens(seed, 700)], 1)
         return [*asked, self.ask([tokens(5, PREFIX) + tokens(6, 40)])]
 
     def salts(self) -> list[dict[str, Any]]:
         asked = []
         for salt in ("alice", "bob", "alice"):
-            asked.append(self.ask([tokens(20, PREFIX // 2) + tokens(21, 8)], cache_salt=[salt]))
+            asked.append(self.ask([tokens(20, PREFIX) + tokens(21, 8)], cache_salt=[salt]))
             self.forget()
         return asked
 
     def together(self) -> list[dict[str, Any]]:
         """Ask for prompts of one prefix at once, twice: new, and after all is gone."""
-        prompts = [tokens(30, 512) + tokens(seed, 64) for seed in range(31, 37)]
-        first = self.ask(prompts, 24)
+        prompts = [tokens(30, 256) + tokens(seed, 64) for seed in range(31, 36)]
+        first = self.ask(prompts, 16)
         self.forget()
-        return [first, self.ask(prompts, 24)]
+        return [first, self.ask(prompts, 16)]
 
     def turns(self) -> list[dict[str, Any]]:
         history, asked = tokens(40, 200), []
         for turn in range(4):
-            asked.append(self.ask([history], 24))
+            asked.append(self.ask([history], 16))
             history = history + asked[-1]["answers"][0] + tokens(41 + turn, 50)
             if turn % 2:
                 self.forget()
