@@ -295,6 +295,9 @@ class BlockState:
         places = np.arange(self.pool.num_blocks, dtype=np.int32)
         places[copies[:, 0]] = copies[:, 1]
         self.rows.replace(np.array(self.rows.live_rows(), np.int64), *copies.T)
+        behind: Int32 = np.zeros(len(places) + 1, np.int32)  # blocks plus 1, by blocks plus 1
+        behind[1:] = np.where(places < num_blocks, places + 1, 0)
+        self.rows.behind[:] = behind[self.rows.behind]
         self.pool.resize(num_blocks, copies)
         self.index.resize(num_blocks, places)
         self.recount(self.accounts.limits)

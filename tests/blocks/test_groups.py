@@ -241,6 +241,16 @@ def test_victims_and_a_smaller_pool_count_the_blocks_of_all_groups() -> None:
     manager.check()
 
 
+def test_a_sequence_ends_in_a_pool_without_the_block_behind_its_window() -> None:
+    manager = GroupedManager((4,), 8, 4)
+    other, sequence = manager.allocate(20), manager.allocate(range(11))
+    manager.commit(sequence)  # releases its first two blocks
+    manager.free(other)
+    manager.shrink(2)
+    manager.free(sequence)
+    manager.check()
+
+
 def test_blocks_of_groups_are_dropped_by_commit_alone() -> None:
     manager = GroupedManager((None, 4), 20, 4)
     sequence = manager.allocate(range(12))
