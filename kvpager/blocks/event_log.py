@@ -22,9 +22,11 @@ class Event:
     """An event. `number` counts all events of a manager without gaps.
 
     Stored: `tokens` is int32 [blocks, block_size]. `position` counts the blocks before the first.
-    `mm_hashes` is the blocks' tag, see `kvpager.blocks.mm_hashes`. Copied and moved: `copies` is
-    int32 [n, 2], from `tiers[0]` to `tiers[1]`. A `lost` event means that older events were dropped
-    unread: start again from `manager.events.restart`.
+    `mm_hashes` is the blocks' tag, see `kvpager.blocks.mm_hashes`. `group` is the group of layers.
+    If it has a window, the one block has no parent: `digest` names all tokens up to its end, and
+    `digest_before` those before it, see `kvpager.blocks.groups.digests`. Copied and moved: `copies`
+    is int32 [n, 2], from `tiers[0]` to `tiers[1]`. A `lost` event means that older events were
+    dropped unread: start again from `manager.events.restart`.
     """
 
     number: int
@@ -38,6 +40,9 @@ class Event:
     mm_hashes: tuple[tuple[int, int, bytes, int], ...] = ()
     copies: Int32 | None = None
     tiers: tuple[str, str] | None = None
+    group: int = 0
+    digest: bytes | None = None
+    digest_before: bytes | None = None
 
 
 class EventLog:

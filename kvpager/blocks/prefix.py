@@ -29,7 +29,7 @@ from kvpager.blocks.eviction import Evictor
 from kvpager.blocks.fingerprints import Arrivals
 from kvpager.blocks.mm_hashes import NO_MM_HASHES, MMHashes, Tag
 from kvpager.blocks.pool import Blocks
-from kvpager.blocks.radix import Forest, Match, Node, TreeKey, key_of
+from kvpager.blocks.radix import Forest, Match, Node, Place, TreeKey, key_of
 from kvpager.errors import BrokenInvariant
 from kvpager.plans import NO_BLOCKS, Int32
 
@@ -165,7 +165,7 @@ class PrefixIndex:
                     position = stop
         return node, is_duplicate
 
-    def publish_first(self, tree: TreeKey, block: int, tag: Tag) -> int:
+    def publish_first(self, tree: TreeKey, block: int, tag: Tag, place: Place) -> int:
         """Publish a block at the front of `tree`; `settle` must follow. O(block_size).
 
         Return the block in the index: an equal one that was published before, or `block`.
@@ -173,7 +173,7 @@ class PrefixIndex:
         root, key = self.root(tree), self._forest.key(block, tag)
         equal = root.children.get(key)
         if equal is None:
-            self._begin_run(root, 0, np.array([block], np.int32), tag, key)
+            self._begin_run(root, 0, np.array([block], np.int32), tag, key, place)
             return block
         self._reuse(equal.blocks[:1])
         return equal.first
@@ -195,20 +195,30 @@ class PrefixIndex:
         self._forest.name(node, blocks)
         return node
 
-    def _begin_run(self, parent: Node, position: int, blocks: Int32, tag: Tag, key: object) -> Node:
-        self._tell(parent, position, blocks, tag)
+    def _begin_run(
+        self,
+        parent: Node,
+        position: int,
+        blocks: Int32,
+        tag: Tag,
+        key: object,
+        place: Place | None = None,
+    ) -> Node:
+        self._tell(parent, position, blocks, tag, place)
         node = self._forest.new_node(parent, position, blocks)
-        node.tag = tag
+        node.tag, node.place = tag, place
         parent.children[key] = node
         self._forest.name(node, blocks)
         return node
 
-    def _tell(self, node: Node, position: int, blocks: Blocks, tag: Tag) -> None:
+    def _tell(
+        self, node: Node, position: int, blocks: Blocks, tag: Tag, place: Place | None = None
+    ) -> None:
         """Report `blocks` to the policy and the log, before they join the tree after `node`."""
         before = int(node.blocks[-1]) if position else -1
         self.arrivals.add(blocks, position, before, node.tree)
         if self._log is not None:
-            self._log.add("stored", **self._event(node.tree, tag, before, position, blocks))
+            self._log.add("stored", **self._event(node.tree, tag, before, position, blocks, place))
 
     def settle(self) -> None:
         """Report the newly published blocks to pool and policy. O(blocks)."""
@@ -240,13 +250,25 @@ class PrefixIndex:
             for node in self._forest.below(root):
                 parent = node.parent
                 before = int(parent.blocks[-1]) if parent and parent.end else -1
-                facts = self._event(node.tree, node.tag, before, node.start, node.blocks)
+                where = before, node.start, node.blocks, node.place
+                facts = self._event(node.tree, node.tag, *where)
                 yield Event(0, "stored", **facts)
 
     def _event(
-        self, tree: TreeKey, tag: Tag, before: int, position: int, blocks: Blocks
+        self,
+        tree: TreeKey,
+        tag: Tag,
+        before: int,
+        position: int,
+        blocks: Blocks,
+        place: Place | None,
     ) -> dict[str, Any]:
         namespace, lora = tree[:2]
+        windowed = dict[str, Any]()
+        if place is not None:
+            assert tag is not None
+            windowed = {"digest": tag[0][2], "digest_before": place.before}
+            position, tag = place.position, place.tag
         return {
             "blocks": blocks.copy(),
             "namespace": namespace,
@@ -255,6 +277,8 @@ class PrefixIndex:
             "position": position,
             "tokens": self.pool.ids[blocks],
             "mm_hashes": tag or (),
+            "group": tree[2] if len(tree) == 3 else 0,
+            **windowed,
         }
 
     def resize(self, num_blocks: int, places: Int32) -> None:

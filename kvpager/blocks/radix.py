@@ -19,12 +19,26 @@ from kvpager.plans import NO_BLOCKS, Int32
 TreeKey = tuple[str | None, str | None] | tuple[str | None, str | None, int]
 
 
+class Place(NamedTuple):
+    """Where a block of a group with a window is in its prompt: the index itself does not need it.
+
+    Attributes:
+        position: blocks before it.
+        before: digest of the tokens before it, None for none.
+        tag: the mm_hashes that overlap it.
+    """
+
+    position: int
+    before: bytes | None
+    tag: Tag
+
+
 class Node:
     """A run: blocks `start` to `end` of all prompts through this node."""
 
     __slots__ = (
-        "_room", "children", "end", "first", "number", "parent", "queue", "sealed", "start", "tag",
-        "token", "tree",
+        "_room", "children", "end", "first", "number", "parent", "place", "queue", "sealed",
+        "start", "tag", "token", "tree",
     )  # fmt: skip
 
     def __init__(self, number: int, parent: Node | None, start: int, blocks: Int32) -> None:
@@ -35,6 +49,7 @@ class Node:
         self.children: dict[object, Node] = {}
         self.sealed = False
         self.tag: Tag = None
+        self.place: Place | None = None  # of a block of a group with a window
         self.token = -1  # the first token of a node with a parent
         self.first = int(blocks[0]) if len(blocks) else -1
         self._room = blocks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.blocks.manager import BlockManager
 from kvpager.errors import KVPagerError
 from kvpager.kv_events.block_names import ContentNames
@@ -21,18 +20,16 @@ def publish(scheduler: Scheduler, settings: KVEvents, tiering: Tiering | None) -
     """Start to publish the prefix cache of a scheduler. O(1).
 
     With `tiering`, content keys are those of the stores. Raises: as `Publisher`, and `KVPagerError`
-    for a scheduler that shares no prefixes, or has layers with windows.
+    for a scheduler that shares no prefixes.
     """
     from kvpager.kv_events.publisher import Publisher
 
     manager = scheduler.manager
     if not scheduler.prefix_cache:
         raise KVPagerError("kv_events: this model shares no prefixes. Leave kv_events out.")
-    if isinstance(manager, GroupedManager) or not isinstance(manager, BlockManager):
-        raise KVPagerError(
-            "kv_events: not supported for models with sliding windows. Leave kv_events out."
-        )
+    if not isinstance(manager, BlockManager):
+        raise TypeError(f"kv_events: {type(manager).__name__} logs no events. Leave kv_events out.")
     names = None
     if tiering is not None and settings.block_hashes == "kvpager":
-        names = ContentNames(manager.block_size, tiering.context_of)
+        names = ContentNames(manager.block_size, tiering.context_of, manager.windows)
     return Publisher(manager, settings, names=names, read_lora=split_lora)

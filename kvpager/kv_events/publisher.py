@@ -73,8 +73,12 @@ class Publisher:
         self.error: BaseException | None = None
         self._events = manager.events
         self._events.fetch()  # raises if none are logged
-        names = names or names_of(settings, manager.block_size)
-        self._translator = Translator(names, int_hashes=settings.int_hashes, read_lora=read_lora)
+        self._translator = Translator(
+            names or names_of(settings, manager),
+            windows=manager.windows,
+            int_hashes=settings.int_hashes,
+            read_lora=read_lora,
+        )
         self._sent = SentBatches(settings)
         self._process_id = os.getpid()
         self._ending = threading.Event()
@@ -222,11 +226,11 @@ class SentBatches:
         return (batch for batch in self._batches if batch[0] >= number)
 
 
-def names_of(settings: KVEvents, block_size: int) -> BlockNames:
-    """Return what names blocks as the settings say. O(1)."""
+def names_of(settings: KVEvents, manager: BlockManager) -> BlockNames:
+    """Return what names the blocks of a manager as the settings say. O(1)."""
     if settings.block_hashes == "kvpager":
-        return ContentNames(block_size)
-    return VLLMHashes(settings.block_hashes, settings.lora_paths)
+        return ContentNames(manager.block_size, windows=manager.windows)
+    return VLLMHashes(settings.block_hashes, settings.lora_paths, 4 * manager.num_blocks)
 
 
 def _bind(socket: Any, name: str, address: str) -> str:

@@ -12,6 +12,7 @@ from kvpager.plans import Int32
 
 _MEDIUM = "GPU"  # vLLM's word for the device pool, also on a CPU
 _STORED, _REMOVED, _CLEARED = "BlockStored", "BlockRemoved", "AllBlocksCleared"
+_GROUP = "group_idx"
 ReadLora = Callable[[str | None], tuple[str | None, int]]
 
 
@@ -20,6 +21,7 @@ class Translator:
 
     Args:
         names: names blocks by their content.
+        windows: of the manager's groups of layers.
         int_hashes: show names as ints of 64 bits.
         read_lora: returns the adapter's name of an event's `lora`, and the version of the cache.
             Blocks of an older version can no longer be hit: they are cleared.
@@ -29,14 +31,16 @@ class Translator:
         self,
         names: BlockNames,
         *,
+        windows: tuple[int | None, ...] = (None,),
         int_hashes: bool = True,
         read_lora: ReadLora = lambda lora: (lora, 0),
     ) -> None:
         self._names = names
+        self._windows = windows
         self._int_hashes = int_hashes
         self._read_lora = read_lora
         self._version = 0
-        self._known: dict[int, bytes] = {}  # the name of each published block
+        self._known: dict[int, tuple[bytes, int]] = {}  # name and group of each published block
 
     def translate(self, events: Iterable[Event]) -> list[Message]:
         """Return the messages of events, none of them `lost`. O(tokens).
@@ -71,61 +75,72 @@ class Translator:
             self._version = version
             self._known.clear()
             messages[:] = [{"type": _CLEARED}]
-        assert event.tokens is not None
-        before = self._known[event.parent] if event.parent >= 0 else None
-        message = self._message(messages, before, lora, event.tokens.shape[1])
-        message["token_ids"] += event.tokens.ravel().tolist()
-        for index, number in enumerate(event.blocks.tolist()):
-            block = Block(
-                event.tokens[index],
-                event.position + index,
-                event.namespace,
-                lora,
-                event.mm_hashes or None,
-            )
-            before = self._known[number] = self._names.name(before, block)
+        blocks = _blocks(event, lora)
+        if event.digest is not None:
+            before = self._names.before(blocks[0])
+        else:
+            before = self._known[event.parent][0] if event.parent >= 0 else None
+        if before is None and event.position:  # the block before it left long ago
+            return
+        message = self._message(messages, before, blocks[0])
+        for number, block in zip(event.blocks.tolist(), blocks, strict=True):
+            before = self._names.name(before, block)
+            self._known[number] = before, event.group
             message["block_hashes"].append(self._shown(before))
+            message["token_ids"] += block.tokens.tolist()
             message["extra_keys"].append(_extra_keys(block))
 
-    def _message(
-        self, messages: list[Message], before: bytes | None, lora: str | None, block_size: int
-    ) -> Message:
+    def _message(self, messages: list[Message], before: bytes | None, block: Block) -> Message:
         """Return the message to add blocks to: the last one if it ends with the block `before`."""
-        parent = None if before is None else self._shown(before)
-        if messages and before is not None and messages[-1]["type"] == _STORED:
+        parent, window = None if before is None else self._shown(before), self._windows[block.group]
+        if before is not None and messages and messages[-1]["type"] == _STORED:
             last = messages[-1]
-            if last["block_hashes"][-1] == parent and last["lora_name"] == lora:
+            place = last["block_hashes"][-1], last["lora_name"], last[_GROUP]
+            if place == (parent, block.lora, block.group):
                 return last
         message: Message = {
             "type": _STORED,
             "block_hashes": [],
             "parent_block_hash": parent,
             "token_ids": [],
-            "block_size": block_size,
+            "block_size": len(block.tokens),
             "lora_id": None,
             "medium": _MEDIUM,
-            "lora_name": lora,
+            "lora_name": block.lora,
             "extra_keys": [],
-            "group_idx": 0,
-            "kv_cache_spec_kind": "full_attention",
-            WINDOW: None,
+            _GROUP: block.group,
+            "kv_cache_spec_kind": "full_attention" if window is None else "sliding_window",
+            WINDOW: window,
         }
         messages.append(message)
         return message
 
     def _remove(self, blocks: Int32, messages: list[Message]) -> None:
-        names = [self._known.pop(block, None) for block in blocks.tolist()]
-        gone = [self._shown(name) for name in names if name is not None]
-        if not gone:
-            return
-        if messages and messages[-1]["type"] == _REMOVED:
-            messages[-1]["block_hashes"] += gone
-        else:
-            shown = {"block_hashes": gone, "medium": _MEDIUM, "group_idx": 0}
-            messages.append({"type": _REMOVED, **shown})
+        for number in blocks.tolist():
+            name, group = self._known.pop(number, (None, 0))
+            if name is None:  # of an older version of the cache
+                continue
+            if not messages or (_REMOVED, group) != (
+                messages[-1]["type"],
+                messages[-1].get(_GROUP),
+            ):
+                gone = {"block_hashes": [], "medium": _MEDIUM, _GROUP: group}
+                messages.append({"type": _REMOVED, **gone})
+            messages[-1]["block_hashes"].append(self._shown(name))
 
     def _shown(self, name: bytes) -> int | bytes:
         return int.from_bytes(name[-8:], "big") if self._int_hashes else name
+
+
+def _blocks(event: Event, lora: str | None) -> list[Block]:
+    """Return the blocks of a stored event."""
+    assert event.tokens is not None
+    tag = event.mm_hashes or None
+    digests = event.digest, event.digest_before
+    return [
+        Block(tokens, event.position + index, event.namespace, lora, tag, event.group, *digests)
+        for index, tokens in enumerate(event.tokens)
+    ]
 
 
 def _extra_keys(block: Block) -> tuple[Any, ...] | None:

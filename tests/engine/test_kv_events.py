@@ -75,7 +75,9 @@ def test_with_tiers_a_block_has_its_key_in_the_stores() -> None:
     ):
         core.ask(PROMPT, 1).result()
         router.catch_up()
-        assert list(router.index) == content_keys(PROMPT, BLOCK_SIZE, KeyContext("toy", "toy"))
+        assert [name for _, name in router.index] == content_keys(
+            PROMPT, BLOCK_SIZE, KeyContext("toy", "toy")
+        )
 
 
 def test_an_engine_without_shared_prompts_is_refused() -> None:

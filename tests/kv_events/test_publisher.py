@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from kvpager import BlockManager, KVPagerError
+from kvpager.blocks.groups.manager import GroupedManager
+from kvpager.kv_events.block_names import BlockNames
 from kvpager.kv_events.settings import KVEvents
 from kvpager.kv_events.translator import Translator
 from tests.support.prefixes import A, B, C, cache, evict
@@ -18,7 +20,7 @@ from tests.support.prefixes import A, B, C, cache, evict
 pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 from kvpager.kv_events.publisher import Publisher, names_of
-from tests.support.kv_router import Router
+from tests.support.kv_router import Router, apply
 
 LOCAL = "tcp://127.0.0.1:0"
 Open = Callable[..., tuple[BlockManager, Publisher, Router]]
@@ -43,15 +45,12 @@ def opened() -> Iterator[Open]:
         assert getattr(each, "error", None) is None
 
 
-def expected(manager: BlockManager, **settings: Any) -> dict[Any, Any]:
+def expected(manager: BlockManager, names: BlockNames | None = None) -> dict[Any, Any]:
     """Return the index of a router that gets all cached blocks in one batch."""
-    names = names_of(KVEvents(LOCAL, **settings), manager.block_size)
+    names = names or names_of(KVEvents(LOCAL), manager)
     index: dict[Any, Any] = {}
-    for message in Translator(names).translate(manager.events.published()):
-        before = message["parent_block_hash"]
-        for name in message["block_hashes"]:
-            index[name] = before
-            before = name
+    for message in Translator(names, windows=manager.windows).translate(manager.events.published()):
+        apply(index, message)
     return index
 
 
@@ -224,15 +223,21 @@ def test_a_fork_leaves_the_publisher_alone(opened: Open) -> None:
     assert router.index == expected(manager)
 
 
+def make_blocks() -> BlockManager:
+    return BlockManager(24, 4, eviction="lifetime", num_events=50)
+
+
+def make_groups() -> BlockManager:
+    return GroupedManager((8, None, 4), 72, 4, num_events=10_000)
+
+
 @pytest.mark.parametrize("block_hashes", ["kvpager", "sha256"])
-@pytest.mark.parametrize("eviction", ["lru", "lifetime"])
+@pytest.mark.parametrize("make", [make_blocks, make_groups])
 def test_a_router_knows_the_cache_after_a_thousand_operations(
-    eviction: str, block_hashes: Any
+    make: Callable[[], BlockManager], block_hashes: Any
 ) -> None:
-    random = np.random.default_rng(7)
-    manager = BlockManager(24, 4, eviction=eviction, num_events=50)
+    random, manager, live = np.random.default_rng(7), make(), list[Any]()
     chosen = KVEvents(LOCAL, replay_endpoint=LOCAL, block_hashes=block_hashes, queue_size=40)
-    live: list[Any] = []
     with Publisher(manager, chosen) as publisher, Router(publisher) as router:
         for step in range(1000):
             try:
@@ -241,7 +246,7 @@ def test_a_router_knows_the_cache_after_a_thousand_operations(
                 manager.free([live.pop()] if live else [])
             if not random.integers(20) or step == 999:
                 router.catch_up()
-                assert router.index == expected(manager, block_hashes=block_hashes)
+                assert router.index == expected(manager, publisher._translator._names)
         assert manager.queries.num_evicted_blocks > 100
 
 
@@ -259,9 +264,9 @@ def change(manager: BlockManager, live: list[Any], random: np.random.Generator) 
         manager.commit(live)
     elif choice == 4 and live:
         live.append(manager.fork(live[random.integers(len(live))]))
-    elif choice == 5 and manager.num_blocks > 16:
+    elif choice == 5:
         manager.shrink(manager.num_blocks - 1)
-    elif choice == 6 and manager.num_blocks < 24:
+    elif choice == 6:
         manager.grow(manager.num_blocks + 1)
     elif live:
         manager.free(live.pop(random.integers(len(live))))

@@ -15,7 +15,7 @@ class Router:
     """Subscribes to a publisher, and asks for the batches that it missed.
 
     Attributes:
-        index: the parent of each block that it knows, both as shown in events.
+        index: the parent of each block that it knows, by group and name.
         messages: all messages so far, in order.
         next_number: of the batch that it waits for.
     """
@@ -63,18 +63,7 @@ class Router:
             self._apply(message)
 
     def _apply(self, message: dict[str, Any]) -> None:
-        if message["type"] == "AllBlocksCleared":
-            self.index.clear()
-        elif message["type"] == "BlockRemoved":
-            for name in message["block_hashes"]:
-                del self.index[name]
-        else:
-            before = message["parent_block_hash"]
-            assert before is None or before in self.index, "stored before its front"
-            for name in message["block_hashes"]:
-                assert name not in self.index, "stored twice"
-                self.index[name] = before
-                before = name
+        apply(self.index, message)
 
     def close(self) -> None:
         self._context.destroy(linger=0)
@@ -84,3 +73,22 @@ class Router:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def apply(index: dict[Any, Any], message: dict[str, Any]) -> None:
+    """Apply a message to an index, by group and name."""
+    if message["type"] == "AllBlocksCleared":
+        index.clear()
+        return
+    group = message["group_idx"]
+    if message["type"] == "BlockRemoved":
+        for name in message["block_hashes"]:
+            del index[group, name]
+        return
+    before = message["parent_block_hash"]
+    windowed = message.get("kv_cache_spec_sliding_window") is not None
+    for name in message["block_hashes"]:
+        assert before is None or windowed or (group, before) in index, "stored before its front"
+        assert (group, name) not in index, "stored twice"
+        index[group, name] = before
+        before = name

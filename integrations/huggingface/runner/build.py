@@ -73,21 +73,12 @@ def make_manager(
     info: ModelInfo, config: EngineConfig, sizes: PoolSizes, max_chunk: int | None
 ) -> CacheManager:
     """Make the manager of the pool's blocks, a grouped one if layers have windows. O(blocks)."""
-    eviction = chosen_policy(config.eviction, sizes.device)
+    events = config.published_events
+    settings: dict[str, Any] = {
+        "eviction": chosen_policy(config.eviction, sizes.device),
+        "num_events": 0 if events is None else events.num_events,
+    }
+    counts = sizes.device, config.block_size, sizes.host
     if not any(info.windows):
-        events = config.published_events
-        return BlockManager(
-            sizes.device,
-            config.block_size,
-            sizes.host,
-            eviction=eviction,
-            num_events=0 if events is None else events.num_events,
-        )
-    return GroupedManager(
-        info.windows,
-        sizes.device,
-        config.block_size,
-        sizes.host,
-        max_chunk=max_chunk,
-        eviction=eviction,
-    )
+        return BlockManager(*counts, **settings)
+    return GroupedManager(info.windows, *counts, max_chunk=max_chunk, **settings)

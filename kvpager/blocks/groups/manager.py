@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvpager import _validate as arguments
 from kvpager.blocks.allocation import identity
 from kvpager.blocks.cached import CachedBlocks
+from kvpager.blocks.events import Events
 from kvpager.blocks.groups.allocation import GroupAllocation
 from kvpager.blocks.groups.commit import GroupCommit
 from kvpager.blocks.groups.continuations import Continuations
@@ -47,7 +48,7 @@ class GroupedManager(BlockManager):
       blocks that the next token does not attend to; published blocks stay cached.
     - A prompt reuses the longest prefix of whole blocks that every group can serve.
     - `truncate` raises `ValueError` if the next token would attend to a released block.
-    - `drop_before` raises. `pins` and `events` are missing.
+    - `drop_before` raises. `pins` is missing.
 
     Args:
         windows: the sliding window of each group, in tokens, the token itself included; None for
@@ -56,7 +57,7 @@ class GroupedManager(BlockManager):
         block_size: token slots of a block, a power of two.
         num_host_blocks: blocks of the host tier, for `swap`.
         max_chunk: tokens for which a group with a window has blocks ahead. None: for all.
-        eviction: as for `BlockManager`.
+        eviction, num_events: as for `BlockManager`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class GroupedManager(BlockManager):
         *,
         max_chunk: int | None = None,
         eviction: str | EvictionPolicy = "lru",
+        num_events: int = 0,
     ) -> None:
         windows = tuple(
             None if window is None else arguments.count("window", window, at_least=1)
@@ -78,8 +80,10 @@ class GroupedManager(BlockManager):
         if max_chunk is not None:
             max_chunk = arguments.count("max_chunk", max_chunk, at_least=1)
         sizes = num_blocks, block_size, num_host_blocks
-        state = BlockState(*sizes, eviction, windows=windows, max_chunk=max_chunk)
-        self.cached = CachedBlocks(state)
+        state = BlockState(
+            *sizes, eviction, num_events=num_events, windows=windows, max_chunk=max_chunk
+        )
+        self.events, self.cached = Events(state), CachedBlocks(state)
         index, self._opening = WindowIndex(state), GroupExtension(state)
         continuations = Continuations(state)
         self._beginning = GroupAllocation(state, index, self._opening, continuations)

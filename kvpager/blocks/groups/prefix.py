@@ -19,7 +19,7 @@ import numpy as np
 
 from kvpager.blocks.groups.digests import extend_digests
 from kvpager.blocks.mm_hashes import MMHashes, Tag
-from kvpager.blocks.radix import Node, TreeKey, key_of
+from kvpager.blocks.radix import Node, Place, TreeKey, key_of
 from kvpager.blocks.sequences import Prompt
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.windows import first_needed
@@ -148,10 +148,12 @@ class WindowIndex:
         if len(digests) < end:
             missing = blocks[len(digests) - begin :]
             extend_digests(digests, state.pool.ids[missing], who.mm_hashes)
-        published = [
-            state.index.publish_first(who.tree, block, self._tag(digest))
-            for block, digest in zip(blocks.tolist(), digests[begin:end], strict=True)
-        ]
+        published = []
+        for position, block in enumerate(blocks.tolist(), begin):
+            before = digests[position - 1] if position else None
+            place = Place(position, before, who.mm_hashes.tag(state.block_size, position))
+            tag = self._tag(digests[position])
+            published.append(state.index.publish_first(who.tree, block, tag, place))
         table.published[row] = end
         return np.array(published, np.int32)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvpager import Engine, KVPagerError
+from kvpager import Engine
 from kvpager.engine.config import EngineConfig
 from kvpager.kv_events.settings import KVEvents
 from tests.support.tiny_models import tiny_model
@@ -58,9 +58,23 @@ def test_an_address_in_use_leaves_nothing_behind(llama: Any, router_of: Any) -> 
         assert threading.active_count() == threads
 
 
-def test_a_model_with_windows_is_refused(router_of: Any) -> None:
-    with pytest.raises(KVPagerError, match="sliding windows"):
-        Engine(tiny_model("mistral"), memory="8MiB", kv_events=LOCAL)
+def test_a_router_knows_the_windows_of_a_model(router_of: Any) -> None:
+    model = tiny_model("gemma3")
+    events = KVEvents(LOCAL, replay_endpoint=LOCAL)
+    with (
+        Engine(model, memory="8MiB", kv_events=events) as engine,
+        router_of(engine.kv_events) as router,
+    ):
+        engine.generate([PROMPT], max_new_tokens=4)
+        router.catch_up()
+        stored = [each for each in router.messages if each["type"] == "BlockStored"]
+        kinds = {each["group_idx"]: each["kv_cache_spec_kind"] for each in stored}
+        assert set(kinds.values()) == {"full_attention", "sliding_window"}
+        assert {each.get("kv_cache_spec_sliding_window") for each in stored} > {None}
+        tokens: dict[int, list[int]] = {group: [] for group in kinds}
+        for each in stored:
+            tokens[each["group_idx"]] += each["token_ids"]
+        assert list(tokens.values()) == [PROMPT] * len(kinds)
 
 
 @pytest.mark.parametrize(
