@@ -49,6 +49,8 @@ class KeyContext:
         for name in ("layout", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a str")
+            if not getattr(self, name):
+                raise ValueError(f'{name}="": blocks of any {name} would be the same. Name it.')
         arguments.label("lora", self.lora)
         secret = self.secret
         if not isinstance(secret, bytes) or (secret and not 16 <= len(secret) <= 64):

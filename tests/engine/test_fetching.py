@@ -150,11 +150,15 @@ def test_what_arrived_before_a_store_hangs_is_used(
         assert engine.staging.num_free == engine.slots
 
 
-def test_a_late_store_costs_one_deadline() -> None:
-    slow = store_with_the_prompt()
-    with TieredEngine([slow], max_wait_s=0.0) as engine:
+def test_a_late_store_costs_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, late_s = store_with_the_prompt(), [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + late_s[0])
+    monkeypatch.setattr("kvpager.engine.fetching.time", clock)
+    with TieredEngine([slow], max_wait_s=60) as engine:
         slow.gate.clear()
-        output = engine.ask(PROMPT).result(60)
+        stream = engine.ask(PROMPT)
+        late_s[0] = 1000.0
+        output = stream.result(60)
         assert output.token_ids == expected(PROMPT, 8)
         assert output.num_cached_tokens == 0
         slow.gate.set()

@@ -172,6 +172,12 @@ def test_another_context_gives_other_keys_throughout(field: str, other: object) 
     assert not set(keys) & set(others)
 
 
+@pytest.mark.parametrize("field", ["layout", "model"])
+def test_a_key_without_a_model_or_a_layout_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f'{field}="": blocks of any {field} would be the same'):
+        replace(CONTEXT, **{field: ""})
+
+
 def test_an_empty_lora_is_refused() -> None:
     with pytest.raises(ValueError, match='lora="": expected at least one character'):
         replace(CONTEXT, lora="")
@@ -181,10 +187,10 @@ def test_fields_of_a_key_are_encoded_separately() -> None:
     contexts = [
         KeyContext("ab", "c"),
         KeyContext("a", "bc"),
-        KeyContext("abc", ""),
-        KeyContext("", "abc"),
+        KeyContext("abc", "d"),
+        KeyContext("a", "bcd"),
         KeyContext("a", "b", lora="c"),
-        KeyContext("a", "", lora="bc"),
+        KeyContext("a", "b", lora="cd"),
     ]
     assert len({content_keys(IDS, 4, context)[0] for context in contexts}) == len(contexts)
 

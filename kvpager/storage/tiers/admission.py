@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal, get_args
 
 from kvpager import _validate as arguments
@@ -86,12 +86,14 @@ class Admissions:
         admit: Admit,
         num_device_blocks: int,
         shared: BlockStore | None = None,
+        hangs: Callable[[int], bool] = lambda number: False,
     ) -> None:
         """See `admission`. Blocks pass through the slots of the store `shared`.
 
+        A store is offered nothing while its number `hangs`.
         Raises: `ValueError` for another `admit`.
         """
-        self._shared = shared
+        self._shared, self._hangs = shared, hangs
         self._rules = [(store, admission(store, admit, num_device_blocks)) for store in stores]
 
     def wanted(self, keys: Collection[bytes]) -> list[list[int]]:
@@ -123,7 +125,7 @@ class Admissions:
         return [
             (number, store, rule)
             for number, (store, rule) in enumerate(self._rules)
-            if not is_bypassed(store)
+            if not self._hangs(number) and not is_bypassed(store)
         ]
 
     def _has_room(self, store: BlockStore, num_blocks: int) -> bool:

@@ -63,8 +63,9 @@ class TierControls:
         namespace that is not a string; `KVPagerError` if the engine or the patch has ended.
         """
         with self._owner.locked():
-            dropped = self._owner.tiering().forget(namespace)
-        return dropped.result()
+            tiering = self._owner.tiering()
+            dropped = tiering.forget(namespace)
+        return tiering.wait_for(dropped)
 
     def warm(
         self, prompts: Iterable[ArrayLike], *, namespace: str | None = None, wait_s: float = 60.0

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from kvpager.storage.tiers.calls import StoreCalls
 from kvpager.storage.tiers.namespaces import NamespaceKeys
 from kvpager.storage.tiers.protocol import BlockStore
 
@@ -28,6 +29,7 @@ class Dropper:
     Keys whose drop failed stay tracked, so that the next call drops them.
 
     Attributes:
+        calls: the calls of stores that are under way.
         on_drop: called with the number of a store and the keys that it dropped.
         stores: the stores.
         tracked: the keys that stores keep.
@@ -36,6 +38,7 @@ class Dropper:
 
     def __init__(self, stores: Sequence[BlockStore], tracked: NamespaceKeys) -> None:
         self.on_drop: Callable[[int, list[bytes]], object] = lambda *_: None
+        self.calls = StoreCalls()
         self.news: deque[News] = deque()
         self.stores = stores
         self.tracked = tracked
@@ -65,8 +68,12 @@ class Dropper:
 
     def _drop(self, number: int, saved_at: dict[bytes, float]) -> int:
         keys = list(saved_at)
+        if not keys or self.calls.hangs(number):
+            return 0
         try:
-            if not keys or not self.stores[number].drop(keys):
+            with self.calls.begin(number):
+                is_dropped = self.stores[number].drop(keys)
+            if not is_dropped:
                 return 0
         except Exception:
             logger.exception("the store %s failed to drop blocks", self.stores[number].name)

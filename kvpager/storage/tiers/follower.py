@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -72,6 +71,7 @@ class TierFollower:
         self._layout = layout.fingerprint
         self._report = report
         dropper = Dropper(self.stores, NamespaceKeys(len(self.stores)))
+        self._calls = dropper.calls
         self._loader = Loader(staging, dropper, None, lambda: None)
         max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._saver = Saver(staging, dropper, max_wait_s, lambda: None)
@@ -142,6 +142,4 @@ class TierFollower:
         self._loader.close()
         self._saver.close()
         self.apply(map(EndFetch, list(self._fetches)))
-        with contextlib.ExitStack() as stores:  # closes all, even if one raises
-            for store in self.stores:
-                stores.callback(store.close)
+        self._calls.close_all(self.stores)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -24,6 +24,7 @@ from kvpager.storage.tiers.group_blocks import GroupBlocks
 from kvpager.storage.tiers.group_loading import Find, find_runs, find_windows, next_batch
 from kvpager.storage.tiers.protocol import Loaded
 from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ class Loader:
         self._recompute_s = recompute_s
         self._on_progress = on_progress
         self.costs = [TransferCost() for _ in self._stores]
-        self._threads = ThreadPoolExecutor(2, "kvpager-load")
+        self._calls = dropper.calls
+        self._threads = Workers(2, "kvpager-load", self._calls)
         self._closing = threading.Event()
 
     def is_worth(self, num_blocks: int, num_loads: int) -> bool:
@@ -150,6 +152,8 @@ class Loader:
         return any(self._is_worth(number, num_blocks, num_loads) for number in numbers)
 
     def _is_worth(self, number: int, num_blocks: int, num_loads: int) -> bool:
+        if self._calls.hangs(number):
+            return False
         if self._recompute_s is None:
             return True
         num_bytes = num_loads * self._staging.block_bytes
@@ -196,7 +200,7 @@ class Loader:
     def _load_from(self, fetch: Fetch, number: int) -> None:
         """Load the next blocks from one store, as many as it has."""
         wanted = fetch.missing
-        if not wanted or self._is_over(fetch):
+        if not wanted or self._is_over(fetch) or self._calls.hangs(number):
             return
         surplus = self._dropper.drop_surplus(number)  # blocks that are too old are not served
         wanted = list(takewhile(lambda key: key not in surplus, wanted))
@@ -219,13 +223,17 @@ class Loader:
         if not hasattr(store, "losses"):
             cached = fetch.keys[: fetch.first]
         begun = time.monotonic()
-        count = store.find([*cached[-1:], *wanted])
+        with self._calls.begin(number, fetch.deadline):
+            count = store.find([*cached[-1:], *wanted])
         self.costs[number].found(time.monotonic() - begun)
         if not cached or count:
             return count - bool(cached)
         if not is_bypassed(store):
             self._dropper.tell(number, cached, is_kept=False)
-        return 0 if self._is_over(fetch) else store.find(wanted)
+        if self._is_over(fetch):
+            return 0
+        with self._calls.begin(number, fetch.deadline):
+            return store.find(wanted)
 
     def _load_groups(self, fetch: Fetch, blocks: GroupBlocks) -> None:
         """Load the blocks that the longest prefix needs to continue, from all stores."""
@@ -264,8 +272,11 @@ class Loader:
         self, find: Find, blocks: GroupBlocks, unusable: list[set[bytes]], most: int
     ) -> None:
         for number in list(blocks.stores):
+            if self._calls.hangs(number):
+                blocks.leave_out(number)
+                continue
             begun = time.monotonic()
-            with self._leaving_out(number, blocks):
+            with self._leaving_out(number, blocks), self._calls.begin(number):
                 find(blocks, number, self._stores[number], unusable[number], most)
             self.costs[number].found(time.monotonic() - begun)
 
@@ -293,7 +304,8 @@ class Loader:
         num_hits = 0
         try:
             into, begun = [self._staging.slot(slot) for slot in slots], time.monotonic()
-            outcomes = self._stores[number].load(keys[: len(slots)], into, fetch.deadline)
+            with self._calls.begin(number, fetch.deadline):
+                outcomes = self._stores[number].load(keys[: len(slots)], into, fetch.deadline)
             check_outcomes(outcomes, len(slots))
             # The first late block took at least the rest of the time; others were not tried.
             num_moved = int((outcomes == Loaded.HIT).sum() + (outcomes == Loaded.LATE).any())
@@ -316,6 +328,6 @@ class Loader:
         self._dropper.tracked.add(number, fetch.identity["namespace"], keys[: len(slots)])
 
     def close(self) -> None:
-        """Begin no more transfers, and wait for the threads."""
+        """Begin no more transfers, and wait for the threads that do not hang."""
         self._closing.set()
         self._threads.shutdown()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from kvpager.storage.tiers.calls import GRACE_S
 from kvpager.storage.tiers.checks import check_outcomes
 from kvpager.storage.tiers.dropping import Dropper, News
 from kvpager.storage.tiers.protocol import Saved
 from kvpager.storage.tiers.slot_memory import SlotMemory
+from kvpager.storage.tiers.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ class Saver:
         self._max_wait_s = max_wait_s
         self._on_end = on_end
         self.ends_at = math.inf
-        self._thread = ThreadPoolExecutor(1, "kvpager-save")
+        self._calls = dropper.calls
+        self._thread = Workers(1, "kvpager-save", self._calls)
         followed = [getattr(store, "losses", None) for store in self._stores]
         self._lost = [None if losses is None else losses.follow() for losses in followed]
         self._noting = Future[int]()  # done when losses without a save are noted
@@ -121,6 +126,13 @@ class Saver:
         """Drop blocks from a store, after the saves before. O(1)."""
         self._later(partial(self._dropper.drop, number, keys))
 
+    def wait(self, work: Future[int]) -> int:
+        """Return the result of `forget`, also if the thread hangs in a call before. O(1)."""
+        while not work.done():
+            futures.wait([work], timeout=GRACE_S)
+            self._thread.replace_lost()
+        return work.result()
+
     def _later(self, drop: Callable[[], int]) -> Future[int]:
         try:
             return self._thread.submit(drop)
@@ -139,6 +151,8 @@ class Saver:
                 theirs = [block for block in blocks if number in block.stores]
                 try:
                     for start in range(0, len(theirs), _BATCH):
+                        if self._calls.hangs(number):
+                            break
                         batch = theirs[start : start + _BATCH]
                         self._save_batch(number, batch, min(deadline, self.ends_at))
                     self._dropper.drop_surplus(number)
@@ -154,7 +168,8 @@ class Saver:
             outcomes = shared.adopt(keys, slots)
         else:
             memory = [self._staging.slot(slot) for slot in slots]
-            outcomes = self._stores[number].save(keys, memory, deadline)
+            with self._calls.begin(number, deadline):
+                outcomes = self._stores[number].save(keys, memory, deadline)
             check_outcomes(outcomes, len(keys))
         for block, outcome in zip(blocks, outcomes, strict=True):
             if outcome in _KEPT:
@@ -174,14 +189,21 @@ class Saver:
 
     def _note_losses(self, number: int) -> None:
         """Note what a store lost, unless it was saved again. A save may push out its own blocks."""
-        if lost := self._lost[number]:
-            gone = [lost.popleft() for _ in range(len(lost))]
-            gone = [key for key in gone if not self._stores[number].find([key])]
+        lost, gone = self._lost[number], list[bytes]()
+        if lost and not self._calls.hangs(number):
+            with contextlib.suppress(IndexError):  # a thread that hung may do the same
+                while True:
+                    gone.append(lost.popleft())
+            with self._calls.begin(number):
+                gone = [key for key in gone if not self._stores[number].find([key])]
             self._dropper.tracked.remove(number, gone)
             self._dropper.tell(number, gone, is_kept=False)
 
     def close(self) -> None:
-        """Wait for the blocks that were submitted: until `ends_at`, or `max_wait_s` seconds."""
+        """Wait for the blocks that were submitted: until `ends_at`, or `max_wait_s` seconds.
+
+        A store that hangs is not waited for.
+        """
         if self.ends_at == math.inf:
             self.ends_at = time.monotonic() + self._max_wait_s
         self._thread.shutdown()

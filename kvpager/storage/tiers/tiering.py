@@ -11,7 +11,6 @@ a store. Staging is the only buffer: when it is full, loads end early and nothin
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
@@ -28,6 +27,7 @@ from kvpager.plans import Int32
 from kvpager.storage.keys import ContentKeying, KeyContext
 from kvpager.storage.tiers.admission import Admissions, Admit
 from kvpager.storage.tiers.attaching import PrefixAttacher
+from kvpager.storage.tiers.calls import GRACE_S
 from kvpager.storage.tiers.dropping import Dropper
 from kvpager.storage.tiers.followers import Followers
 from kvpager.storage.tiers.group_attaching import GroupAttacher
@@ -111,7 +111,6 @@ class Tiering:
         self._keying = ContentKeying(manager.block_size, context_of, manager.windows)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)
         self._recompute_s = recompute_s
-        self._admissions = Admissions(self.stores, admit, manager.num_blocks, staging.store)
         step_bytes_max = arguments.count("step_bytes_max", step_bytes_max, at_least=1)
         self.step_blocks_max = max(1, step_bytes_max // staging.block_bytes)
         self._fetching: dict[bytes, Fetch] = {}  # by the key of the first missing block, to share
@@ -119,6 +118,10 @@ class Tiering:
         self.on_progress: Callable[[], None] = lambda: None
         self._tracked = NamespaceKeys(len(self.stores))
         dropper = Dropper(self.stores, self._tracked)
+        self._calls = dropper.calls
+        self._admissions = Admissions(
+            self.stores, admit, manager.num_blocks, staging.store, self._calls.hangs
+        )
         self._loader = Loader(staging, dropper, recompute_s, lambda: self.on_progress())
         self._saver = Saver(staging, dropper, self._max_wait_s, lambda: self.on_progress())
         self.followers = Followers(num_followers, lambda: self.on_progress())
@@ -375,11 +378,10 @@ class Tiering:
             fetch = self.begin(prompt, namespace=namespace, lora=lora, wait_s=wait_s)
             if fetch is not None:
                 try:
-                    wait([fetch.work])
-                    count += sum(self.attach(fetch).values())
-                except BaseException:
+                    wait([fetch.work], timeout=wait_s + GRACE_S)  # a store may hang
+                    count += sum(self.attach(fetch, early=True).values())
+                finally:
                     self.cancel(fetch)
-                    raise
         return count
 
     def retain(self, prompt: ArrayLike, **key: Unpack[KeyParts]) -> Retained:
@@ -416,10 +418,17 @@ class Tiering:
             fetch.is_void = fetch.is_void or fetch.identity["namespace"] == namespace
         return self._saver.forget(namespace)
 
+    def wait_for(self, dropped: Future[int]) -> int:
+        """Return the result of `forget`. A store that hangs keeps its blocks. O(1)."""
+        return self._saver.wait(dropped)
+
     def stats(self) -> TieringStats:
         """Return counts since the tiering began. O(stores)."""
         return TieringStats(
-            tiers=tuple(map(TierStats.of, self.stores, self._loader.costs)),
+            tiers=tuple(
+                TierStats.of(store, self._loader.costs[number], hangs=self._calls.hangs(number))
+                for number, store in enumerate(self.stores)
+            ),
             num_fetching=len(self._live),
             num_free_slots=self._staging.num_free,
             total_declined=self._num_declined,
@@ -441,6 +450,4 @@ class Tiering:
         for fetch in list(self._live):
             fetch.num_waiting = 1
             self.cancel(fetch)
-        with contextlib.ExitStack() as stores:  # closes all, whichever raises
-            for store in self.stores:
-                stores.callback(store.close)
+        self._calls.close_all(self.stores)

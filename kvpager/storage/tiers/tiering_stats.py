@@ -12,7 +12,8 @@ from kvpager.storage.tiers.protocol import BlockStore, StoreStats
 class TierStats(NamedTuple):
     """Counts of one store, and how fast it is by its own transfers, 0 if unknown.
 
-    `bypassed` is True while its circuit breaker is open: the store then gets only probes.
+    `bypassed` is True while its circuit breaker is open: the store then gets only probes. It is
+    also True while a call does not return: the store then gets no other.
     """
 
     name: str
@@ -22,11 +23,10 @@ class TierStats(NamedTuple):
     bypassed: bool
 
     @classmethod
-    def of(cls, store: BlockStore, cost: TransferCost) -> TierStats:
-        """Return current counts. O(1)."""
-        return cls(
-            store.name, stats_of(store), cost.latency_s, cost.bytes_per_s, is_bypassed(store)
-        )
+    def of(cls, store: BlockStore, cost: TransferCost, *, hangs: bool = False) -> TierStats:
+        """Return current counts of a store, which may hang. O(1)."""
+        bypassed = hangs or is_bypassed(store)
+        return cls(store.name, stats_of(store), cost.latency_s, cost.bytes_per_s, bypassed)
 
 
 class TieringStats(NamedTuple):

@@ -88,6 +88,29 @@ def test_another_process_gets_the_same_tokens_whatever_became_of_the_blocks(
     assert found == {str(number): [tokens[number], cached[number]] for number in range(5)}
 
 
+def tokens_of(url: str) -> list[tuple[list[int], int]]:
+    """Return the tokens and cached tokens of two prompts."""
+    with engine_over(llama(), url) as engine:
+        return [told(ask(engine, number)) for number in range(2)]
+
+
+@pytest.mark.slow
+def test_another_process_computes_after_the_server_came_back_empty(
+    own_server: Server, tmp_path: Path
+) -> None:
+    tokens = [without_tiers(llama(), number) for number in range(2)]
+    cold, warm = ([[each, count] for each in tokens] for count in (0, NUM_CACHED))
+    assert in_a_process(f"{__name__}:tokens_of", over(own_server)) == cold
+    assert in_a_process(f"{__name__}:tokens_of", over(own_server)) == warm
+    own_server.stop()
+    again = valkey(tmp_path, port=own_server.port)
+    try:
+        assert in_a_process(f"{__name__}:tokens_of", over(own_server)) == cold
+        assert in_a_process(f"{__name__}:tokens_of", over(own_server)) == warm
+    finally:
+        again.stop()
+
+
 def test_engines_find_prompts_of_one_another(server: Server) -> None:
     model = llama()
     tokens = without_tiers(model)

@@ -59,20 +59,19 @@ def test_an_evicted_prefix_is_found_again() -> None:
 
 
 def test_tenants_adapters_and_images_stay_apart() -> None:
-    node = Node(num_blocks=64)
-    image = [(2, 6, b"image of 16 byte")]
     kinds: list[dict[str, Any]] = [
-        {}, {"namespace": "a"}, {"namespace": "b"}, {"lora": "a"}, {"mm_hashes": image},
+        {}, {"namespace": "a"}, {"namespace": "b"}, {"lora": "a"}, {"lora": "b"},
+        {"mm_hashes": [(2, 6, b"image of 16 byte")]}, {"mm_hashes": [(2, 6, b"other image")]},
     ]  # fmt: skip
-    node.compute(prompt(1), **kinds[1])
-    node.clean()
-    other = Node(node.stores, num_blocks=64)
-    assert [other.fetch(prompt(1), **kind) for kind in kinds] == [0, 5, 0, 0, 0]
-    node.compute(prompt(1), **kinds[4])
-    node.clean()
-    assert other.fetch(prompt(1), **kinds[4]) == 5
-    assert other.compute(prompt(1), **kinds[4]) == 20
-    other.end()
+    for own in kinds:
+        node = Node(num_blocks=64)
+        node.compute(prompt(1), **own)
+        node.clean()
+        other = Node(node.stores, num_blocks=64)
+        found = [kind for kind in kinds if other.fetch(prompt(1), **kind)]
+        assert found == [own]
+        assert other.compute(prompt(1), **own) == 20
+        other.end()
 
 
 def test_what_is_loaded_in_order_is_used(store: DictStore, other: Node) -> None:
