@@ -70,8 +70,10 @@ class BlockStore(Protocol):
     Keys are the 32 bytes of `content_keys`. Buffers are contiguous memoryviews of `block_bytes`
     bytes, writable in `load`. A deadline is a time of `time.monotonic()`. All methods may be
     called from any thread. None raises for a block that is missing, damaged or late, nor for a
-    store that fails: each key has an outcome instead. After `close`, `find` returns 0, `load`
-    misses and `save` refuses. `kvpager.testing.stores` tests these properties.
+    store that fails: each key has an outcome instead. A call returns soon after its deadline, and
+    touches no buffer afterwards. A store that does not return gets no other call until then. After
+    `close`, `find` returns 0, `load` misses and `save` refuses. `kvpager.testing.stores` tests
+    these properties.
 
     A store that knows which keys it loses reports them in an attribute `losses`, a
     `kvpager.storage.tiers.losses.Losses`. Without `losses`, a fetch asks the store whether it still
