@@ -6,6 +6,7 @@ not, and no thread can be taken back from it. So it gets no other call until tha
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -53,6 +54,11 @@ class StoreCalls:
     def hangs(self, store: int) -> bool:
         """Return True if a call of the store is over its time. O(calls)."""
         return any(call.store == store for call in self._over())
+
+    @property
+    def hanging(self) -> Iterator[bool]:
+        """Yield for each number of a store whether it hangs. Never ends. O(calls) each."""
+        return map(self.hangs, itertools.count())
 
     def lost_threads(self) -> set[int]:
         """Return the threads whose calls are over their time. O(calls)."""

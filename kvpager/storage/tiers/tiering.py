@@ -425,10 +425,7 @@ class Tiering:
     def stats(self) -> TieringStats:
         """Return counts since the tiering began. O(stores)."""
         return TieringStats(
-            tiers=tuple(
-                TierStats.of(store, self._loader.costs[number], hangs=self._calls.hangs(number))
-                for number, store in enumerate(self.stores)
-            ),
+            tiers=tuple(map(TierStats.of, self.stores, self._loader.costs, self._calls.hanging)),
             num_fetching=len(self._live),
             num_free_slots=self._staging.num_free,
             total_declined=self._num_declined,

@@ -23,7 +23,7 @@ class TierStats(NamedTuple):
     bypassed: bool
 
     @classmethod
-    def of(cls, store: BlockStore, cost: TransferCost, *, hangs: bool = False) -> TierStats:
+    def of(cls, store: BlockStore, cost: TransferCost, hangs: bool) -> TierStats:
         """Return current counts of a store, which may hang. O(1)."""
         bypassed = hangs or is_bypassed(store)
         return cls(store.name, stats_of(store), cost.latency_s, cost.bytes_per_s, bypassed)

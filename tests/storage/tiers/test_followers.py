@@ -222,7 +222,9 @@ def test_warming_with_followers_is_refused() -> None:
 def test_followers_of_layers_with_a_window_are_refused() -> None:
     node, windowed = Node(), GroupedManager([None, 8], 8, SIZE)
     with pytest.raises(ValueError, match="num_followers=1: expected 0 for groups of layers"):
-        Tiering(windowed, node.staging, [], lambda *_: KeyContext("layout", "model"), num_followers=1)
+        Tiering(
+            windowed, node.staging, [], lambda *_: KeyContext("layout", "model"), num_followers=1
+        )
     node.end()
 
 

@@ -346,6 +346,8 @@ def test_a_cancelled_fetch_asks_no_store() -> None:
     other = Node(node.stores)
     store.gate.clear()
     busy = [other.tiering.begin(prompt(seed)) for seed in range(2)]  # one for each thread
+    while not all(fetch.work.running() for fetch in busy if fetch):
+        pass
     waiting = [other.tiering.begin(prompt(seed)) for seed in range(2, 30)]
     for fetch in [*busy, *waiting]:
         assert fetch is not None
