@@ -24,7 +24,7 @@ from kvpager.plans import Int32, Int64
 # Bits of `marks`: clean in a store (one bit each), offered, content key known, passing. See
 # `kvpager.blocks.cached` and `groups/continuations.py`.
 STORES, OFFERED, KEYED, PASSING = (1 << 7) - 1, 1 << 7, 1 << 8, 1 << 9
-_IDLED_MAX = 1024  # arrays in `idled`
+_IDLED_MAX = 1024  # arrays in `idled`, and in `left`
 Index = NDArray[np.intp]
 Blocks = NDArray[np.integer[Any]]  # block ids, whatever their width
 
@@ -71,6 +71,8 @@ class BlockPool:
         self.num_dropped_dirty = 0  # evicted blocks that no store had
         # Blocks that became idle since a reader set this to []; None if the reader must rank all.
         self.idled: list[Index] | None = None
+        # Blocks that ceased to be idle, as long as there is `idled`; None if they are too many.
+        self.left: list[Index] | None = None
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held
         self.num_holds = 0
@@ -280,6 +282,10 @@ class BlockPool:
 
     def _count_evictable(self, blocks: Index, change: int) -> None:
         self.num_evictable += change * len(blocks)
+        if change < 0 and self.left is not None:
+            self.left.append(blocks.copy())
+            if len(self.left) > _IDLED_MAX:
+                self.left = None
         if self._ledger:
             self._ledger.evictable(blocks, change)
 

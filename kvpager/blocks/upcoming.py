@@ -33,13 +33,18 @@ class Upcoming:
         self._ranks: Float64 | Int64 = np.empty(0, np.int64)
         self._bound: float = np.inf  # idle blocks of a higher rank are left out
         self._num_near = 0  # of `_blocks`, those that will have left when `ahead` more are taken
+        # Which blocks are among `_blocks`, and which of these are idle still; their number.
+        self._is_ranked: NDArray[np.bool_] = np.empty(0, np.bool_)
+        self._is_here: NDArray[np.bool_] = np.empty(0, np.bool_)
+        self._num_here = 0
         self._seen = 0
 
     def first(self, count: int, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> Int32:
-        """Return the first `count` wanted blocks, by rank, int32 [n]. O(ahead).
+        """Return the first `count` wanted blocks, by rank, int32 [n].
 
-        A block that is not wanted is looked at once. All are ranked after each `ahead` / 4 blocks
-        that left, were used again or pinned, in O(blocks). `wanted` may be True for idle blocks
+        O(count + blocks that left or came), O(ahead) if blocks became idle. A block that is not
+        wanted is looked at once. All are ranked after each `ahead` / 4 blocks that left, were used
+        again or pinned, in O(blocks). `wanted` may be True for idle blocks
         only.
         """
         self._follow(ahead, wanted)
@@ -57,17 +62,37 @@ class Upcoming:
     def _follow(self, ahead: int, wanted: Callable[[Index], NDArray[np.bool_]]) -> None:
         """Rank all idle blocks if needed, or follow those that became idle."""
         pool = self._state.pool
-        idled, pool.idled = pool.idled, []  # before ranking: if the policy fails, all ranks change
+        # Before ranking: if the policy fails, all ranks change.
+        (idled, pool.idled), (left, pool.left) = (pool.idled, []), (pool.left, [])
         before, self._ahead = self._ahead, ahead
         if idled is None or ahead != before:
             self._rank_all()
             return
         if idled:
             self._add(np.concatenate(idled), wanted)
-        num_gone = len(self._blocks) - int(np.count_nonzero(self._are_idle(self._blocks)))
+        if left is None:
+            self._mark()
+        elif left or idled:
+            self._look_again(np.concatenate([*left, *idled]))
+        num_gone = len(self._blocks) - self._num_here
         self._num_near = ahead - pool.num_free + num_gone
         if self._num_near > len(self._blocks) and self._bound < np.inf:
             self._rank_all()
+
+    def _mark(self) -> None:
+        """Look which ranked blocks are idle. O(blocks)."""
+        self._is_ranked = np.zeros(self._state.pool.num_blocks, np.bool_)
+        self._is_ranked[self._blocks] = True
+        self._is_here = np.zeros_like(self._is_ranked)
+        self._is_here[self._blocks] = self._are_idle(self._blocks)
+        self._num_here = int(np.count_nonzero(self._is_here))
+
+    def _look_again(self, changed: Index) -> None:
+        """Look which ranked blocks of `changed` are idle now. O(changed)."""
+        ours = np.unique(changed[self._is_ranked[changed]])
+        self._num_here -= int(np.count_nonzero(self._is_here[ours]))
+        self._is_here[ours] = now = self._are_idle(ours)
+        self._num_here += int(np.count_nonzero(now))
 
     def _rank_all(self) -> None:
         self._bound = np.inf
@@ -78,9 +103,13 @@ class Upcoming:
         again = np.flatnonzero(np.isin(self._blocks, idled))
         moved = again[self._rank(self._blocks[again]) != self._ranks[again]]
         self._seen -= int(np.count_nonzero(moved < self._seen))
-        kept = np.ones(len(self._blocks), np.bool_)
-        kept[moved] = False
-        self._blocks, self._ranks = self._blocks[kept], self._ranks[kept]
+        if len(moved):
+            gone = self._blocks[moved]
+            self._num_here -= int(np.count_nonzero(self._is_here[gone]))
+            self._is_ranked[gone] = self._is_here[gone] = False
+            kept = np.ones(len(self._blocks), np.bool_)
+            kept[moved] = False
+            self._blocks, self._ranks = self._blocks[kept], self._ranks[kept]
         new = idled[wanted(idled)]
         new = new[self._rank(new) <= self._bound]
         if len(new):
@@ -100,6 +129,7 @@ class Upcoming:
             blocks, ranks = blocks[ranks <= self._bound], ranks[ranks <= self._bound]
         order = np.argsort(ranks, kind="stable")
         self._blocks, self._ranks, self._seen = blocks[order], ranks[order], 0
+        self._mark()
 
     def _end(self) -> int:
         """Return the end of the blocks that leave soon, with all blocks of the last one's rank."""

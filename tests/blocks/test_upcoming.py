@@ -55,7 +55,36 @@ def test_holds_hide_no_block_that_leaves_soon(seed: int, eviction: str) -> None:
             found = manager.cached.leaving(chance.choice([2, 64]), ahead)
             soon = _leaving_soon(manager, ahead)
             assert len(found) == 2 or soon <= set(found.tolist())
+            upcoming, pool = manager.cached._upcoming, manager._state.pool
+            ranked = upcoming._blocks
+            is_idle = pool.cached[ranked] & (pool.refs[ranked] == 0) & (pool.holds[ranked] == 0)
+            assert upcoming._num_here == np.count_nonzero(is_idle)
             manager.cached.mark_clean(manager.cached.keys(found, maker), 0)
+
+
+def test_a_search_looks_only_at_blocks_that_left_or_came(monkeypatch: Any) -> None:
+    manager = BlockManager(258, SIZE)
+    for seed in range(60):
+        cached(manager, [seed] * 16)
+    manager.cached.leaving(64, 200)
+    upcoming = manager.cached._upcoming
+    looked_at, look = list[int](), upcoming._are_idle
+
+    def counted(blocks: Any) -> Any:
+        looked_at.append(len(blocks))
+        return look(blocks)
+
+    monkeypatch.setattr(upcoming, "_are_idle", counted)
+    manager.cached.leaving(64, 200)
+    assert looked_at == []
+    sequence = manager.allocate([7] * 17)  # it takes up the cached blocks of a prompt
+    manager.cached.leaving(64, 200)
+    assert sum(looked_at) <= 5
+    manager.free(sequence)
+    manager.allocate(40 * SIZE)  # evicts the blocks of others
+    looked_at.clear()
+    manager.cached.leaving(64, 200)
+    assert sum(looked_at) <= 64
 
 
 def _leaving_soon(manager: BlockManager, ahead: int) -> set[int]:
