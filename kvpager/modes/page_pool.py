@@ -15,7 +15,9 @@ import weakref
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SYSTEM_PAGE_BYTES = mmap.PAGESIZE
@@ -86,23 +88,48 @@ class AddressRange:
     A write outside of the mapped pages ends the process with SIGSEGV.
     """
 
-    def __init__(self, num_bytes: int) -> None:
-        """Reserve addresses, which take no memory. O(1). Raises: `OSError` if there are none."""
+    def __init__(self, num_bytes: int, num_mappings: int) -> None:
+        """Reserve addresses, which take no memory, for up to `num_mappings` runs of pages. O(1).
+
+        Raises: `ValueError` if the system allows fewer mappings; `OSError` without addresses.
+        """
+        _check_num_mappings(num_mappings)
         flags = _PRIVATE | _ANONYMOUS | _NO_RESERVE
-        memory = mmap.mmap(-1, num_bytes, flags, _READ_WRITE)
-        #: uint8 [num_bytes]. Views of it keep the range and its mappings.
-        self.tensor: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        self.address = self.tensor.data_ptr()
+        self._memory = mmap.mmap(-1, num_bytes, flags, _READ_WRITE)
+        self.address = self._bytes().ctypes.data
+        self._users: list[weakref.ref[NDArray[np.uint8]]] = []
         self.unmap(0, num_bytes)
-        _ranges.add(memory)
+        _ranges[self._memory] = num_mappings
+
+    def tensor(self) -> Tensor:
+        """Return the range, uint8 [bytes]. Views of it keep the range and its mappings. O(1)."""
+        array = self._bytes()
+        self._users = [user for user in self._users if user() is not None]
+        self._users.append(weakref.ref(array))
+        return torch.from_numpy(array)  # which keeps the array as long as a view lives
+
+    @property
+    def is_in_use(self) -> bool:
+        """True if a view of a `tensor` still exists. O(tensors)."""
+        return any(user() is not None for user in self._users)
 
     def unmap(self, start: int, num_bytes: int) -> None:
         """Let `num_bytes` from `start` on read as zeros, and refuse writes. O(pages)."""
         flags = _PRIVATE | _ANONYMOUS | _NO_RESERVE | _FIXED
         _map(self.address + start, num_bytes, _READ, flags)
 
+    def part_from_pages(self, start: int, num_bytes: int) -> None:
+        """Replace the pages mapped at `start` by a copy, which nothing else shows. O(bytes)."""
+        content = self._bytes()[start : start + num_bytes].copy()
+        flags = _PRIVATE | _ANONYMOUS | _FIXED
+        _map(self.address + start, num_bytes, _READ_WRITE, flags)
+        self._bytes()[start : start + num_bytes] = content
 
-_ranges = weakref.WeakSet[mmap.mmap]()
+    def _bytes(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self._memory, np.uint8)
+
+
+_ranges = weakref.WeakKeyDictionary[mmap.mmap, int]()  # -> the most mappings in it
 
 
 def _keep_from_children() -> None:
@@ -118,17 +145,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_keep_from_children)
 
 
-def check_num_mappings(most: int, fix: str) -> None:
-    """Raise `ValueError`, with `fix`, if the system allows fewer than `most` mappings. O(1)."""
+def _check_num_mappings(more: int) -> None:
+    """Raise `ValueError` if the system may refuse `more` mappings. O(ranges)."""
     try:
         allowed = int(_MAX_MAP_COUNT.read_text())
     except OSError:
         return
-    if most + _OTHER_MAPPINGS > allowed:
+    most = more + sum(_ranges.values()) + _OTHER_MAPPINGS
+    if most > allowed:
         raise ValueError(
-            f"vm.max_map_count={allowed}: up to {most} pages may be mapped apart from each other, "
-            f"beside {_OTHER_MAPPINGS} other mappings. {fix}, or let an administrator run "
-            f"`sysctl vm.max_map_count={most + _OTHER_MAPPINGS}`."
+            f"vm.max_map_count={allowed}: up to {most} mappings are needed, since blocks may be "
+            "mapped apart from each other. Lower the number of rows or their length, take larger "
+            f"blocks, or let an administrator run `sysctl vm.max_map_count={most}`."
         )
 
 

@@ -47,6 +47,12 @@ class Rows(Protocol):
         Call it after each change of block tables, and before the rows are read.
         """
 
+    def detach(self) -> None:
+        """Let tensors of `caches` that are still in use keep what they show, if the mode can.
+
+        Call it before blocks change that the rows show, unless tokens are only appended.
+        """
+
     def release(self, rows: Int32) -> None:
         """Let rows show nothing. O(blocks)."""
 

@@ -54,5 +54,8 @@ class ReservedRows:
                 f"{own[index, column]}, the block of the row's region"
             )
 
+    def detach(self) -> None:
+        """Do nothing: tensors show their regions, whatever these hold."""
+
     def release(self, rows: Int32) -> None:
         """Do nothing: a region belongs to its row."""

@@ -10,12 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpager.modes.page_pool import (
-    SYSTEM_PAGE_BYTES,
-    AddressRange,
-    PagePool,
-    check_num_mappings,
-)
+from kvpager.modes.page_pool import SYSTEM_PAGE_BYTES, AddressRange, PagePool
 from kvpager.modes.protocol import Memory, layer_caches
 from kvpager.ops import LayerCaches
 from kvpager.plans import Int32
@@ -67,19 +62,37 @@ class VirtualRows:
 
         Raises: `ValueError` if the system allows too few mappings; `OSError` without address space.
         """
-        # Each block may be a mapping of its own, and so may the rest of a row.
-        check_num_mappings(num_rows * (num_blocks + 1), "Lower the number of rows or their length")
         self.num_rows, self.num_blocks = num_rows, num_blocks
-        self._pool = _pool_of(memory)
+        self._pool, self._layout, self._dtype = _pool_of(memory), layout, memory.tier.dtype
         self._page_bytes = self._pool.page_bytes
-        self._range = AddressRange(num_rows * num_blocks * self._page_bytes)
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Take addresses in which nothing is mapped."""
+        num_blocks = self.num_rows * self.num_blocks
+        # Each block may be a mapping of its own, and so may the rest of each row.
+        self._range = AddressRange(num_blocks * self._page_bytes, num_blocks + self.num_rows)
+        self._mapped: Int32 = np.full((self.num_rows, self.num_blocks), _NONE, np.int32)
         self._last: tuple[bytes, tuple[int, ...], bytes] | None = None  # the call of `follow`
-        self._mapped: Int32 = np.full((num_rows, num_blocks), _NONE, np.int32)
-        elements = self._range.tensor.view(memory.tier.dtype).view(num_rows, -1)
-        self._caches = [layer_caches(views) for views in layout.views(elements)]
+        self._caches: list[LayerCaches] = []
 
     def caches(self, layer: int) -> LayerCaches:  # noqa: D102
+        if not self._caches:
+            elements = self._range.tensor().view(self._dtype).view(self.num_rows, -1)
+            self._caches = [layer_caches(views) for views in self._layout.views(elements)]
         return self._caches[layer]
+
+    def detach(self) -> None:
+        """Let tensors that callers still have keep what they show, in a copy. O(blocks mapped).
+
+        O(1) if there are none, which is the usual case.
+        """
+        self._caches = []
+        if not self._range.is_in_use:
+            return
+        for start, count in _runs_of(np.flatnonzero(self._mapped.ravel() != _NONE)):
+            self._range.part_from_pages(start * self._page_bytes, count * self._page_bytes)
+        self._reserve()
 
     def follow(self, rows: Int32, tables: Int32) -> None:
         """Map what changed, each run of neighbours by one call. O(blocks compared + runs changed).
@@ -126,3 +139,10 @@ class VirtualRows:
 def _pool_of(memory: Memory) -> PagePool:
     assert memory.pool is not None, "the memory of this mode has a pool"
     return memory.pool
+
+
+def _runs_of(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return ascending numbers as runs: the first number of each, and its length."""
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    counts = np.diff(starts, append=len(numbers))
+    return list(zip(numbers[starts].tolist(), counts.tolist(), strict=True))

@@ -197,7 +197,7 @@ def test_modes_without_rows_say_so() -> None:
         storage(mode="paged").open_rows(1, 8)
     with pytest.raises(ValueError, match="mode='flat': expected one of"):
         storage(mode="flat")
-    with pytest.raises(ValueError, match=r"vm\.max_map_count=\d+: up to \d+ pages"):
+    with pytest.raises(ValueError, match=r"vm\.max_map_count=\d+: up to \d+ mappings are"):
         storage().open_rows(100_000, 400)
     with pytest.raises(ValueError, match='mode="virtual": needs device="cpu"'):
         storage(device="meta")
@@ -212,3 +212,40 @@ def test_reserved_rows_are_the_regions_of_the_pool() -> None:
         rows.follow(array(0, 1), array([0], [3]))
     with pytest.raises(ValueError, match="num_rows=4: 4 blocks are reserved for each row"):
         made.open_rows(4, max_length=16)
+
+
+def test_detached_tensors_keep_what_they_show() -> None:
+    made = numbered()
+    rows = made.open_rows(2, max_length=12)
+    rows.follow(array(0, 1), array([7, 3, -1], [3, 2, 5]))
+    held = rows.caches(1).key[1, 2:10]
+    wanted = held.clone()
+    rows.detach()
+    made.tier()[:] = -1.0  # other sequences write into the blocks
+    rows.follow(array(0, 1), array([4, 3, 1], [9, -1, -1]))
+    assert torch.equal(held, wanted)
+    check_rows(made, rows, {0: [4, 3, 1], 1: [9]})
+
+
+def test_detaching_copies_nothing_if_no_tensor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = numbered()
+    rows = made.open_rows(2, max_length=12)
+    rows.follow(array(0), array([7, 3, -1]))
+    total = rows.caches(0).key.sum() + rows.caches(1).value[0, :5].sum()
+    monkeypatch.setattr(page_pool.AddressRange, "part_from_pages", None)
+    rows.detach()
+    check_rows(made, rows, {0: [7, 3], 1: []})
+    assert total > 0
+
+
+def test_rows_of_all_storages_together_stay_below_the_bound(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    bound = tmp_path / "max_map_count"
+    bound.write_text(str(page_pool._OTHER_MAPPINGS + sum(page_pool._ranges.values()) + 100))
+    monkeypatch.setattr(page_pool, "_MAX_MAP_COUNT", bound)
+    first = storage().open_rows(10, max_length=20)  # 5 blocks and a rest in each row
+    with pytest.raises(ValueError, match=r"vm\.max_map_count=\d+: up to \d+ mappings are needed"):
+        storage().open_rows(10, max_length=20)
+    del first
+    storage().open_rows(10, max_length=20)
