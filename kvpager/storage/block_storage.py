@@ -131,7 +131,8 @@ class BlockStorage:
         stored = "" if self.kv_cache_dtype is None else f" as {self.kv_cache_dtype}"
         return (
             f"<BlockStorage: {counted(self.num_blocks, 'block')} of {self.block_bytes} bytes, "
-            f"{counted(len(self.layers), 'layer')} of {self.dtype}{stored} on {self.device}>"
+            f"{counted(len(self.layers), 'layer')} of {self.dtype}{stored} on {self.device}, "
+            f"{self.mode}>"
         )
 
     @staticmethod
@@ -285,11 +286,11 @@ class BlockStorage:
         Returns None if the copy has ended, or if later work on the device runs after it.
         Raises: `ValueError` for an unknown block, or different layers or dtypes.
         """
-        if (self.layers, self.dtype, self.kv_cache_dtype, self.block_size) != (
-            other.layers, other.dtype, other.kv_cache_dtype, other.block_size
+        if (self.layers, self.dtype, self.kv_cache_dtype, self.block_size, self.mode) != (
+            other.layers, other.dtype, other.kv_cache_dtype, other.block_size, other.mode
         ):  # fmt: skip
             raise ValueError(
-                f"other={other!r}: expected the layers, dtypes and block size of {self!r}"
+                f"other={other!r}: expected the layers, dtypes, block size and mode of {self!r}"
             )
         copies = _as_copies(copies)
         _check_copies(copies, other.num_blocks, self.num_blocks, lowest=0)

@@ -12,6 +12,7 @@ from kvpager import _validate as arguments
 from kvpager._text import counted, listed, size
 from kvpager._validate import parse_memory
 from kvpager.kernels.quantisation import KV_CACHE_DTYPES
+from kvpager.modes import ModeName, mode_named
 from kvpager.plans import Tier
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 from kvpager.storage.layout import KVCacheDtype
@@ -58,6 +59,7 @@ class Budget:
         in_place: let attention functions read blocks in place; otherwise every read gathers.
         host_memory: bytes of host memory for sequences that do not fit into the pools.
         tier: "host" for the budget of the host memory.
+        mode: of the storages, see `kvpager.modes`.
 
     Raises: `TypeError`, `ValueError`.
     """
@@ -71,6 +73,7 @@ class Budget:
         in_place: bool = True,
         host_memory: int | str | None = None,
         tier: Tier = "device",
+        mode: ModeName = "paged",
     ) -> None:
         self.tier: Tier = tier
         self.name = "memory" if tier == "device" else "host_memory"
@@ -83,12 +86,14 @@ class Budget:
                 f"kv_cache_dtype={kv_cache_dtype!r}: expected one of {listed(known)} or None"
             )
         self.kv_cache_dtype = kv_cache_dtype
+        mode_named(mode)
+        self.mode = mode
         self.in_place = arguments.flag("in_place", in_place)
         self.counters = Counters()
         self.device_bound = self.bound  # also for the host's budget
         self.host: Budget | None = None
         if host_memory is not None:
-            self.host = Budget(host_memory, block_size, kv_cache_dtype=kv_cache_dtype, tier="host")
+            self.host = Budget(host_memory, block_size, kv_cache_dtype, tier="host", mode=mode)
             self.host.device_bound = self.bound
 
     def bound_as_given(self) -> str:
@@ -99,7 +104,11 @@ class Budget:
     def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
         """Return the bytes of a block with room for `layers`. O(layers)."""
         return BlockStorage.bytes_of_a_block(
-            self.block_size, layers, dtype=dtype, kv_cache_dtype=self.kv_cache_dtype
+            self.block_size,
+            layers,
+            dtype=dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
+            mode=self.mode,
         )
 
     def new_storage(
@@ -124,6 +133,7 @@ class Budget:
             device="cpu" if on_host else device,
             num_host_blocks=num_host_blocks,
             pinned=on_host and device.type == "cuda",
+            mode=self.mode,
         )
 
     def refuse_below(self, block_bytes: int, *, on_device: bool = False) -> None:

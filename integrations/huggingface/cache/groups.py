@@ -17,6 +17,7 @@ from kvpager.integrations.huggingface.cache.budget import LayerKind
 from kvpager.integrations.huggingface.cache.columns import ColumnMismatch, Columns, Origin
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall
 from kvpager.integrations.huggingface.cache.layer_places import LayerPlaces
+from kvpager.integrations.huggingface.cache.mapped_rows import MappedRows
 from kvpager.integrations.huggingface.cache.memory import PagedLayers, PagedMemory
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, packed
 from kvpager.integrations.huggingface.cache.pools import (
@@ -48,6 +49,7 @@ class LayerGroup:
         self.columns = Columns()
         self.rows = BatchRows(memory)
         self.tensors = StepTensors(self.rows, self.columns)
+        self.mapped = MappedRows()
         self.views: weakref.WeakSet[PagedView] = weakref.WeakSet()  # that are still in use
         self.pool: PagedPool | None = None  # of the rows; None before a layer is bound
         self.layout: object = None
@@ -64,6 +66,7 @@ class LayerGroup:
         rows = getattr(self, "rows", None)
         if rows is not None:
             rows.discard()
+            self.mapped.detach()
 
     def pool_in(self, tier: Tier) -> PagedPool | None:
         """Return the tier's pool of the rows; None before a layer is bound. O(1)."""
@@ -201,7 +204,8 @@ class LayerGroup:
     def view(self, number: int, start: int, stop: int) -> PagedView:
         """Return a layer's keys and values of columns `start` to `stop`. O(1)."""
         parts, kind = self.parts(number, stop), self.members.at(number)[0]
-        view = PagedView(kind, parts, self.columns.padding, start, stop, self.budget, owner=self)
+        padding = self.columns.padding
+        view = PagedView(kind, parts, padding, start, stop, self.budget, self, self.mapped)
         self.views.add(view)
         return view
 
@@ -217,6 +221,7 @@ class LayerGroup:
         """Materialise live views and drop tensors, before the blocks or tables change."""
         for view in list(self.views):
             view.dense()
+        self.mapped.detach()
         self.views.clear()
         self.tensors.clear()
 

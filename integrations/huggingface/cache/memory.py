@@ -110,6 +110,7 @@ class PagedMemory:
             "host_memory": None if host is None or host.bound is None else size(host.bound),
             "prefix_cache": self.keep_pools or None,
             "in_place": None if budget.in_place else False,
+            "mode": None if budget.mode == "paged" else budget.mode,
             "eviction": getattr(self.eviction, "__name__", self.eviction),
         }
         if self.eviction == "lru":

@@ -38,6 +38,11 @@ class PagedTensor(torch.Tensor):
         # `torch.Tensor.__init__` takes other arguments.
         pass
 
+    def mapped(self) -> Tensor:
+        """Return the elements as a view of the blocks if these are mapped, or else `dense`."""
+        tensors = self.view_of.mapped()
+        return self.dense() if tensors is None else tensors[self.which]
+
     def dense(self) -> Tensor:
         """Return the elements, contiguous in each row. Gathers once."""
         return self.view_of.dense()[self.which]
@@ -61,10 +66,26 @@ class PagedTensor(torch.Tensor):
 
 
 def _gathered(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call `func` with every paged tensor among its arguments gathered."""
-    args, kwargs = pytree.tree_map_only(PagedTensor, PagedTensor.dense, (args, kwargs or {}))
+    """Call `func` with every paged tensor among its arguments mapped or else gathered."""
+    plain = PagedTensor.mapped if func in _READING else PagedTensor.dense
+    args, kwargs = pytree.tree_map_only(PagedTensor, plain, (args, kwargs or {}))
     return func(*args, **kwargs)
 
+
+# Functions that only read, and take tensors of any strides. Their results may be views.
+_READING = {
+    getattr(owner, name)
+    for owner, names in (
+        (torch, "add baddbmm bmm cat chunk einsum matmul mul permute split transpose"),
+        (torch.nn.functional, "linear pad scaled_dot_product_attention"),
+        (
+            Tensor,
+            "__getitem__ __matmul__ bmm chunk contiguous expand float matmul permute repeat "
+            "repeat_interleave reshape split to transpose",
+        ),
+    )
+    for name in names.split()
+} | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 
 # Functions that need no elements.
 _METADATA = {

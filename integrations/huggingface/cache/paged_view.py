@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
+from kvpager.integrations.huggingface.cache.mapped_rows import MappedRows
 from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
@@ -85,7 +86,7 @@ class PagedView:
     """
 
     __slots__ = (
-        "__weakref__", "_dense", "_owner", "budget", "device", "dtype", "kind", "num_rows",
+        "__weakref__", "_dense", "_owner", "_rows", "budget", "device", "dtype", "kind", "num_rows",
         "padding", "parts", "shape", "start", "stop",
     )  # fmt: skip
 
@@ -98,15 +99,17 @@ class PagedView:
         stop: int,
         budget: Budget,
         owner: object = None,
+        rows: MappedRows | None = None,
     ) -> None:
         """Make a view of `parts`, whose rows begin with `padding` [rows] columns. O(1).
 
         The view counts its reads in `budget`. It keeps `owner`, which holds the blocks, alive.
+        `rows` are the owner's, mapped by its storages.
         """
         self.kind, self.parts, self.padding = kind, parts, padding
         self.shape, self.dtype, self.device = kind
         self.num_rows, self.start, self.stop = len(padding), start, stop
-        self.budget, self._owner = budget, owner
+        self.budget, self._owner, self._rows = budget, owner, rows
         self._dense: tuple[Tensor, Tensor] | None = None
 
     def shows_the_same_as(self, other: PagedView) -> bool:
@@ -132,6 +135,22 @@ class PagedView:
         parts = (part.dense(which, num_columns).to(self.device) for part in self.parts)
         # Contiguous like a result of `torch.cat`, since some models call `view` on it.
         return self._joined(parts, num_columns, heads, dims[which]).transpose(1, 2).contiguous()
+
+    def mapped(self) -> list[Tensor] | None:
+        """Return keys and values like `dense`, as views of the blocks; None if they cannot be.
+
+        The blocks must be mapped in order (mode "virtual"), and no row padded. Counts as a read in
+        place. O(1) for an unchanged step.
+        """
+        part = self.parts[0]
+        if self._dense is not None or self._rows is None or len(self.parts) > 1:
+            return None
+        if part.rows is not None or self.padding.any():
+            return None
+        tables = part.tables.host.block_tables
+        tensors = self._rows.tensors(part.place, tables, self.start, self.stop)
+        self.budget.counters.in_place_reads += tensors is not None
+        return tensors
 
     def attend(
         self, query: Tensor, mask: Tensor | None, sinks: Tensor | None, **options: Any

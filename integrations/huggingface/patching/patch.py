@@ -49,6 +49,7 @@ from kvpager.integrations.huggingface.patching.replacements import install
 from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner.wrappers import no_model
+from kvpager.modes import ModeName
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore
@@ -71,6 +72,7 @@ def patch(
     seal: Seal | None = None,
     model_id: str | None = None,
     costs: PreemptionCosts | None = None,
+    mode: ModeName = "paged",
 ) -> Patch:
     """Keep the KV cache of a transformers model, or of every model, in shared blocks.
 
@@ -95,6 +97,7 @@ def patch(
         seal: what protects blocks in `tiers` outside of the process, such as `Encrypted(secret)`.
         model_id: the name of the weights for `tiers`; None for a digest of their content.
         costs: with `tiers`, how long the model computes prompts; None measures it.
+        mode: `"virtual"` maps blocks so that all attention code reads them without a gather.
 
     Raises: `TypeError`, `ValueError` for invalid arguments; `KVPagerError` if the model is patched
     already, or can have no `tiers`; errors of opening a store. The model is then as it was.
@@ -103,7 +106,9 @@ def patch(
     stores = EngineConfig.of(None, settings | {"costs": costs})
     warn_if_untested()
     dtype = _checked(model, dtype, prefix_cache, namespace, stores)
-    budget = Budget(memory, block_size, kv_cache_dtype, in_place=in_place, host_memory=host_memory)
+    budget = Budget(
+        memory, block_size, kv_cache_dtype, in_place=in_place, host_memory=host_memory, mode=mode
+    )
     paged = PagedMemory(budget, dtype, eviction, namespace, keep_pools=prefix_cache)
     return _begin(model, paged, stores)
 
