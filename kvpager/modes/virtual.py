@@ -65,18 +65,27 @@ class VirtualRows:
         self.num_rows, self.num_blocks = num_rows, num_blocks
         self._pool, self._layout, self._dtype = _pool_of(memory), layout, memory.tier.dtype
         self._page_bytes = self._pool.page_bytes
-        self._reserve()
+        self._range = self._new_range()
+        self._begin()
 
-    def _reserve(self) -> None:
-        """Take addresses in which nothing is mapped."""
+    def _new_range(self) -> AddressRange:
         num_blocks = self.num_rows * self.num_blocks
         # Each block may be a mapping of its own, and so may the rest of each row.
-        self._range = AddressRange(num_blocks * self._page_bytes, num_blocks + self.num_rows)
+        return AddressRange(num_blocks * self._page_bytes, num_blocks + self.num_rows)
+
+    def _take_range(self) -> None:
+        if self._is_detached:
+            self._range, self._is_detached = self._new_range(), False
+
+    def _begin(self) -> None:
+        """Note that nothing is mapped."""
+        self._is_detached = False
         self._mapped: Int32 = np.full((self.num_rows, self.num_blocks), _NONE, np.int32)
         self._last: tuple[bytes, tuple[int, ...], bytes] | None = None  # the call of `follow`
         self._caches: list[LayerCaches] = []
 
     def caches(self, layer: int) -> LayerCaches:  # noqa: D102
+        self._take_range()
         if not self._caches:
             elements = self._range.tensor().view(self._dtype).view(self.num_rows, -1)
             self._caches = [layer_caches(views) for views in self._layout.views(elements)]
@@ -90,9 +99,11 @@ class VirtualRows:
         self._caches = []
         if not self._range.is_in_use:
             return
-        for start, count in _runs_of(np.flatnonzero(self._mapped.ravel() != _NONE)):
+        mapped = np.flatnonzero(self._mapped.ravel() != _NONE)
+        self._begin()
+        self._is_detached = True  # the range belongs to those tensors: take another one when needed
+        for start, count in _runs_of(mapped):
             self._range.part_from_pages(start * self._page_bytes, count * self._page_bytes)
-        self._reserve()
 
     def follow(self, rows: Int32, tables: Int32) -> None:
         """Map what changed, each run of neighbours by one call. O(blocks compared + runs changed).
@@ -104,6 +115,7 @@ class VirtualRows:
         call = rows.tobytes(), tables.shape, tables.tobytes()
         if call == self._last:
             return
+        self._take_range()
         self._last = None
         wanted = np.full((len(rows), self.num_blocks), _NONE, np.int32)
         wanted[:, : tables.shape[1]] = np.maximum(tables, _NONE)

@@ -45,6 +45,7 @@ _FEW = ("greedy", "four beams")
 VARIANTS: dict[str, Variant] = {
     "in place": Variant({"block_size": 4}),
     "gathered": Variant({"block_size": 8, "in_place": False}, all_models=True),
+    "mapped": Variant({"block_size": 4, "in_place": False, "mode": "virtual"}),
     "prefix cache": Variant({"prefix_cache": True, "block_size": 4}, times=2, modes=_FEW),
     "eager": Variant(attention="eager", modes=_FEW),
     "sdpa": Variant(attention="sdpa", modes=_FEW),

@@ -23,6 +23,7 @@ class MappedRows:
     """
 
     def __init__(self) -> None:
+        self._has_warned = False
         self._rows: weakref.WeakKeyDictionary[BlockStorage, tuple[object, Rows]]
         self._rows = weakref.WeakKeyDictionary()
 
@@ -64,7 +65,9 @@ class MappedRows:
         try:
             rows = storage.open_rows(num_rows, 2 * num_blocks * storage.block_size)
         except ValueError as error:  # too few mappings
-            logger.warning("kvpager: keys and values are gathered. %s", error)
+            if not self._has_warned:
+                logger.warning("kvpager: keys and values are gathered. %s", error)
+            self._has_warned = True
             return None
         self._rows[storage] = storage.layers, rows
         return rows

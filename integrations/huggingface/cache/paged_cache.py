@@ -27,6 +27,7 @@ from kvpager.integrations.huggingface.cache.groups import LayerGroup
 from kvpager.integrations.huggingface.cache.layers import PagedLayer, PagedSlidingWindowLayer
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.releases import warn_if_untested
+from kvpager.modes import ModeName
 from kvpager.plans import Int64
 from kvpager.storage.block_storage import LayerShape
 from kvpager.storage.layout import KVCacheDtype
@@ -79,6 +80,7 @@ class PagedCache(DynamicCache):
         block_size: token slots of a block, a power of two.
         kv_cache_dtype: "int8" or "fp8_e4m3" keeps keys and values in eight bits, rounded.
         host_memory: bytes of host memory for rows that `memory`, or the device, has no room for.
+        mode: "virtual" maps blocks so that all attention code reads them without a gather.
         offloading: False; here for code that makes another cache of a cache's class (T5Gemma).
 
     Raises: `ValueError`, `TypeError`; `OutOfBlocks` from a forward pass that finds no room.
@@ -93,6 +95,7 @@ class PagedCache(DynamicCache):
         kv_cache_dtype: KVCacheDtype | None = None,
         host_memory: int | str | None = None,
         offloading: bool = False,
+        mode: ModeName = "paged",
     ) -> None:
         if config is not None and not hasattr(config, "get_text_config"):
             kind = type(config).__name__
@@ -102,7 +105,7 @@ class PagedCache(DynamicCache):
                 "offloading=True: blocks are not offloaded. Use DynamicCache for that."
             )
         warn_if_untested()
-        budget = Budget(memory, block_size, kv_cache_dtype=kv_cache_dtype, host_memory=host_memory)
+        budget = Budget(memory, block_size, kv_cache_dtype, host_memory=host_memory, mode=mode)
         budget.refuse_below(least_block_bytes(config, torch.bfloat16, budget))
         _DYNAMIC_CACHE_INIT(self, config=config)
         self._page(PagedMemory(budget), config)

@@ -155,4 +155,5 @@ def layout_of(storage: BlockStorage, info: ModelInfo) -> BlockLayout:
         kv_cache_dtype=storage.kv_cache_dtype,
         block_bytes=storage.block_bytes,
         groups=groups if any(info.windows) else (),
+        token_first=storage.mode != "paged",
     )

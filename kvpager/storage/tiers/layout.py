@@ -37,6 +37,7 @@ class BlockLayout:
         kv_cache_dtype: str | None = None,
         block_bytes: int,
         groups: Sequence[tuple[int | None, Sequence[int]]] = (),
+        token_first: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> BlockLayout:
@@ -44,15 +45,16 @@ class BlockLayout:
 
         `layers` are (kv heads, head dim, value head dim), in order. `dtype` is a torch dtype's
         name, such as "bfloat16". `groups` are the window and the layers of each group of layers;
-        leave them out if all layers form one group without a window. `rank` of `num_ranks` is the
-        shard of a tensor-parallel model.
+        leave them out if all layers form one group without a window. `token_first`: each token has
+        all its layers together, as in the modes "virtual" and "reserved". `rank` of `num_ranks` is
+        the shard of a tensor-parallel model.
         Raises: `ValueError`, `TypeError` for a bad argument.
         """
         size = arguments.block_size(block_size)
         num_ranks = arguments.count("num_ranks", num_ranks, at_least=1)
         rank = arguments.count("rank", rank, at_most=num_ranks - 1)
         fields = [
-            "kvpager block-first 1",
+            f"kvpager {'token-first' if token_first else 'block-first'} 1",
             f"block_size {size}",
             f"dtype {dtype}",
             f"kv_cache_dtype {kv_cache_dtype or dtype}",

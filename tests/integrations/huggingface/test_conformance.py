@@ -37,8 +37,8 @@ from tests.support import tiny_models  # noqa: E402
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "models.md"
 # Modes that every architecture is tried in, and architectures that are tried in every mode.
 CORE = {
-    "greedy": ("in place", "gathered"),
-    "four beams": ("in place",),
+    "greedy": ("in place", "gathered", "mapped"),
+    "four beams": ("in place", "mapped"),
     "three samples each": ("in place",),
     "copies of a cache": ("in place",),
 }

@@ -29,6 +29,7 @@ LLAMA: dict[str, Any] = {
         {"groups": [(None, [0]), (4096, [1])]},
         {"groups": [(None, [1]), (4096, [0])]},
         {"groups": [(4096, [0, 1])]},
+        {"token_first": True},
         {"num_ranks": 2},
         {"num_ranks": 2, "rank": 1},
         {"block_bytes": 131073},

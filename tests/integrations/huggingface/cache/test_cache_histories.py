@@ -26,6 +26,7 @@ from tests.support.cache_calls import model_named  # noqa: E402
 
 WINDOW = 6
 LAYERS = [None, WINDOW, None, WINDOW]
+PAGE_BYTES = 4096  # of the system; a mapped block is at least one in each group of layers
 TOKEN_BYTES = len(LAYERS) * 2 * (4 + 4) * 4  # 2 heads of 4, keys and values in float32
 OPERATIONS = st.lists(
     st.tuples(
@@ -50,7 +51,7 @@ def _config() -> Any:
 def _contents(layer: Any) -> tuple[Any, Any]:
     if layer.keys is None or layer.get_seq_length() == 0:
         return None, None
-    keys, values = torch.clone(layer.keys), torch.clone(layer.values)
+    keys, values = torch.cat([layer.keys]), torch.cat([layer.values])  # mapped, if they can be
     # While the past is recorded, `keys` may show any part of it.
     if layer.is_sliding:
         keys, values = keys[:, :, -WINDOW + 1 :], values[:, :, -WINDOW + 1 :]
@@ -120,7 +121,10 @@ def _apply(operation: str, chance: random.Random, caches: list[Any], held: list[
         caches[:] = [copy.deepcopy(cache) for cache in caches]
     elif operation == "hold":
         layer = chance.randrange(len(LAYERS))
-        held.append((caches[0].layers[layer].keys, torch.clone(caches[0].layers[layer].keys)))
+        keys = caches[0].layers[layer].keys
+        # Views of blocks, if these are mapped. Only before the keys are gathered.
+        columns = keys.transpose(1, 2)[:, chance.randrange(keys.shape[2]) :]
+        held += [(columns, torch.clone(columns)), (keys, torch.clone(keys))]
 
 
 def _crop(count: int, caches: list[Any]) -> None:
@@ -150,14 +154,16 @@ def _assert_unharmed(held: list[Any]) -> None:
     operations=OPERATIONS,
     block_size=st.sampled_from([1, 4, 16]),
     memory_of_tokens=st.sampled_from([None, 1, 16, 64]),
+    mode=st.sampled_from(["paged", "virtual"]),
 )
 def test_any_history_leaves_what_a_dynamic_cache_holds(
-    operations: list[tuple[str, int]], block_size: int, memory_of_tokens: int | None
+    operations: list[tuple[str, int]], block_size: int, memory_of_tokens: int | None, mode: Any
 ) -> None:
     # Where there is too little memory, rows live in host memory.
-    bound = memory_of_tokens and memory_of_tokens * TOKEN_BYTES
+    token_bytes = TOKEN_BYTES if mode == "paged" else 2 * max(PAGE_BYTES // block_size, TOKEN_BYTES)
+    bound = memory_of_tokens and memory_of_tokens * token_bytes
     paged = kvpager.PagedCache(
-        _config(), block_size=block_size, memory=bound, host_memory=bound and "1GB"
+        _config(), block_size=block_size, memory=bound, host_memory=bound and "1GB", mode=mode
     )
     memory = paged.memory
     caches: list[Any] = [paged, DynamicCache(config=_config())]
@@ -280,3 +286,17 @@ def test_an_index_beyond_the_batch_is_an_error() -> None:
 def test_a_model_is_no_configuration() -> None:
     with pytest.raises(TypeError, match=r"model\.config"):
         kvpager.PagedCache(model_named("llama"))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_history_of_mapped_blocks_leaves_tensors_as_they_were(seed: int) -> None:
+    chance = random.Random(seed)
+    block_size = chance.choice([1, 4, 16])
+    paged = kvpager.PagedCache(_config(), block_size=block_size, mode="virtual")
+    caches: list[Any] = [paged, DynamicCache(config=_config())]
+    held: list[Any] = []
+    kinds = ["append"] * 4 + ["reorder", "select", "mask", "repeat", "crop", "reset", "copy"]
+    for operation in ["append", *chance.choices([*kinds, "hold", "record"], k=15)]:
+        _apply(operation, random.Random(chance.randrange(1_000)), caches, held)
+        _assert_equal_caches(*caches)
+    _assert_unharmed(held)
