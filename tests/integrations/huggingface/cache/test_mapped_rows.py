@@ -103,5 +103,9 @@ def test_a_mode_is_checked_and_shown() -> None:
     model = made("llama")
     with pytest.raises(ValueError, match="mode='flat': expected one of"):
         kvpager.patch(model, mode="flat")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match='mode="reserved": rows of a patched model have no regions'
+    ):
+        kvpager.patch(model, mode="reserved")
     with kvpager.patch(model, mode="virtual") as patch:
         assert "mode=virtual" in repr(patch)
