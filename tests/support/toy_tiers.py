@@ -21,13 +21,14 @@ PROMPT = list(range(40))
 class ToyStaging:
     """The buffer between the blocks of a toy runner and stores."""
 
-    def __init__(self, runner: ToyRunner, num_slots: int) -> None:
+    def __init__(self, runner: ToyRunner, num_slots: int, block_bytes: int = BLOCK_BYTES) -> None:
+        """Make slots of `block_bytes`. What a block of the runner lacks stays 0."""
         self._blocks = runner._device
-        self._memory = np.zeros((num_slots, BLOCK_SIZE), np.int64)
+        self._memory = np.zeros((num_slots, block_bytes // 8), np.int64)
         self._free = list(range(num_slots))
         self._num_holders = [0] * num_slots
         self._lock = threading.Lock()
-        self.num_slots, self.block_bytes, self.store = num_slots, BLOCK_BYTES, None
+        self.num_slots, self.block_bytes, self.store = num_slots, block_bytes, None
         self.copied: list[int] = []  # blocks of each copy
 
     @property
@@ -57,11 +58,11 @@ class ToyStaging:
 
     def read(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         self.copied.append(len(slots))
-        self._memory[list(slots)] = self._blocks[list(blocks)]
+        self._memory[list(slots), :BLOCK_SIZE] = self._blocks[list(blocks)]
 
     def write(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
         self.copied.append(len(slots))
-        self._blocks[list(blocks)] = self._memory[list(slots)]
+        self._blocks[list(blocks)] = self._memory[list(slots), :BLOCK_SIZE]
         self.give(slots)
 
 
@@ -70,13 +71,15 @@ class TieredEngine(ToyEngine):
 
     def __init__(
         self, stores: Sequence[DictStore], num_blocks: int = 64, *, slots: int = 64,
-        core: Mapping[str, Any] | None = None, num_events: int = 0, **tiering: Any,
+        block_bytes: int = BLOCK_BYTES, core: Mapping[str, Any] | None = None, num_events: int = 0,
+        **tiering: Any,
     ) -> None:  # fmt: skip
         self.stores, self.slots, self.settings = stores, slots, tiering
+        self.slot_bytes = block_bytes
         super().__init__(num_blocks, core=core, num_events=num_events)
 
     def _make_tiering(self, scheduler: Any, runner: ToyRunner) -> Tiering:
-        self.staging = ToyStaging(runner, self.slots)
+        self.staging = ToyStaging(runner, self.slots, self.slot_bytes)
         return Tiering(
             scheduler.manager, self.staging, self.stores,
             lambda namespace, lora: KeyContext(

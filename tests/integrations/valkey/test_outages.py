@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,14 +22,15 @@ from tests.support.valkey_servers import Server, valkey
 PROMPTS = [[seed, *PROMPT] for seed in range(8)]
 
 
-def store_at(url: str, **options: Any) -> ValkeyStore:
-    layout = BlockLayout("toy", BLOCK_BYTES)
+def store_at(url: str, block_bytes: int = BLOCK_BYTES, **options: Any) -> ValkeyStore:
+    layout = BlockLayout("toy", block_bytes)
     return ValkeyStore(url, layout, **{"timeout_s": 60.0} | options)
 
 
-def fill(server: Server) -> None:
+def fill(server: Server, block_bytes: int = BLOCK_BYTES) -> None:
     """Save the prompts as another process would."""
-    with TieredEngine([store_at(server.url)], 256, max_wait_s=60) as engine:
+    store = store_at(server.url, block_bytes)
+    with TieredEngine([store], 256, block_bytes=block_bytes, max_wait_s=60) as engine:
         for prompt in PROMPTS:
             engine.ask(prompt).result(60)
         engine.saved()
@@ -124,5 +126,54 @@ def test_a_slow_server_serves_what_arrives_and_is_then_left_out(own_server: Serv
             assert found < 36 * len(PROMPTS)
             assert tiers.total_declined >= len(PROMPTS) - 2
             link.rate = None
+    finally:
+        link.close()
+
+
+class Deadlines:
+    """Records how long each fetch of an engine may hold its request, in seconds."""
+
+    def __init__(self, engine: TieredEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert engine._fetching is not None
+        tiering = engine._fetching._tiering
+        self.waits, begin = list[float](), tiering.begin
+
+        def recorded(*prompt: Any, **options: Any) -> Any:
+            fetch = begin(*prompt, **options)
+            if fetch is not None:
+                self.waits.append(fetch.wait_until - time.monotonic())
+            return fetch
+
+        monkeypatch.setattr(tiering, "begin", recorded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_kib", [256, 2048])
+def test_a_server_of_5_megabytes_a_second_costs_a_request_one_deadline_at_most(
+    own_server: Server, block_kib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = block_kib << 10
+    fill(own_server, block_bytes)
+    link = Link(own_server)
+    recompute_s = 0.1 * block_kib / 256  # a prompt of 10 blocks arrives in five times as long
+    try:
+        slow = store_at(link.url, block_bytes)
+        with TieredEngine(
+            [slow], 256, block_bytes=block_bytes, recompute_s=lambda _: recompute_s
+        ) as engine:
+            link.rate = link.request_rate = 5_000_000
+            deadlines = Deadlines(engine, monkeypatch)
+            other = engine.ask([7] * 10, 200)
+            found = check(engine, PROMPTS)  # one after the other
+            assert other.result(60).token_ids == expected([7] * 10, 200)
+            tiers = engine.stats().tiers
+            assert tiers is not None
+            assert found < 36 * len(PROMPTS)
+            assert tiers.total_declined >= len(PROMPTS) - 2  # these were computed at once
+            assert len(deadlines.waits) + tiers.total_declined == len(PROMPTS) + 1
+            # A fetch that began holds its request for half of the time of computing it, at most.
+            assert all(wait_s <= recompute_s / 2 for wait_s in deadlines.waits)
+            assert tiers.num_fetching == 0
+            link.rate = link.request_rate = None
     finally:
         link.close()
