@@ -89,8 +89,8 @@ class Budget:
         mode_named(mode)
         if mode == "reserved":
             raise ValueError(
-                'mode="reserved": rows of a patched model have no regions; only BlockStorage has the '
-                'mode. Take "paged" or "virtual".'
+                'mode="reserved": rows of a patched model have no regions; only BlockStorage has '
+                'the mode. Take "paged" or "virtual".'
             )
         self.mode = mode
         self.in_place = arguments.flag("in_place", in_place)
