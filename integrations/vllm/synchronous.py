@@ -160,7 +160,7 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _plan_saves(self, chunks: RequestChunks, num_scheduled: int) -> None:
         request = chunks.request
-        end = min(request.num_computed_tokens + num_scheduled, request.num_tokens)
+        end = request.num_computed_tokens + num_scheduled
         if self._spec.offload_prompt_only:
             end = min(end, request.num_prompt_tokens)
         new = chunks.to_save(end, lambda: self._kv_cache_manager.get_block_ids(request.request_id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -186,6 +186,7 @@ class Engine:
 
     def execute(self, planned: Any, scheduled: dict[str, int]) -> Any:
         """Load, check what was loaded, compute the scheduled tokens, save. Returns what is told."""
+        assert all(device.block_ids.all() for _, device in planned.loads)  # no null block
         self.worker.bind_connector_metadata(planned)
         self.worker.start_load_kv(None)
         for name in scheduled:
@@ -245,6 +246,13 @@ class Engine:
             self.step((request, min(left, step_tokens)))
         self.finish(request)
         return found
+
+    def lose(self, request: Request, group: int, chunks: Iterable[int]) -> None:
+        """Let chunks of a request that was looked up leave the host memory."""
+        keys = self.scheduler._requests[request.request_id].keys[group]
+        slots = self.manager._tier.pin([keys[number] for number in chunks]).tolist()
+        self.manager._tier.discard(slots)
+        self.manager._tier.unpin(slots)
 
     def preempt(self, request: Request) -> None:
         for blocks in request.blocks:

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.valkey_servers import valkey
 from tests.support.vllm_scenarios import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,28 +131,55 @@ def test_sliding_windows_change_no_token(
     assert cached(found, "salts")[2] >= 512
 
 
-@both
+@pytest.fixture
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "disk":
+        yield f"disk:{tmp_path / 'kv'}?capacity=1GiB"
+        return
+    server = valkey(tmp_path)
+    yield server.url
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("store_url", "synchronous"),
+    [("disk", False), ("disk", True), ("valkey", True)],
+    indirect=["store_url"],
+)
 def test_another_process_loads_what_one_saved(
-    models: Path, alone: dict[str, Any], tmp_path: Path, synchronous: bool
+    models: Path, alone: dict[str, Any], tmp_path: Path, store_url: str, synchronous: bool
 ) -> None:
+    """The process that saves has the other connector."""
     digests = ["--digests", str(tmp_path / "digests.json")]
-    settings = {
-        "host_memory": "128MiB",
-        "tiers": [f"disk:{tmp_path / 'kv'}?capacity=1GiB"],
-        "synchronous": synchronous,
-    }
-    for seed, scenario in (("1", "cold_warm_reset"), ("2", "prefix_again")):
+    for seed, scenario, kind in (
+        ("1", "cold_warm_reset", not synchronous),
+        ("2", "prefix_again", synchronous),
+    ):
         found = offloaded(
             models / "llama",
             *digests,
             *("--scenarios", scenario),
             environment={"PYTHONHASHSEED": seed},
-            **settings,
+            host_memory="128MiB",
+            tiers=store_url,
+            synchronous=kind,
         )
     assert tokens(found["answers"], "prefix_again") == tokens(alone["llama"], "cold_warm_reset")[2:]
     assert cached(found, "prefix_again") == [1056]  # all of the prompt that fills blocks
     assert found["compared"] >= 32
     assert found["wrong"] == []
+
+
+def test_replies_that_are_saved_are_hits(models: Path, alone: dict[str, Any]) -> None:
+    found = offloaded(
+        models / "llama",
+        *("--scenarios", "turns"),
+        host_memory="128MiB",
+        offload_prompt_only=False,
+        synchronous=True,
+    )
+    assert tokens(found["answers"], "turns") == tokens(alone["llama"], "turns")
+    assert cached(found, "turns") == [0, 192, 288, 352, 416]  # of 200, 274, 348, 422, 496 tokens
 
 
 @both

@@ -66,8 +66,9 @@ def test_what_the_device_has_is_not_loaded(make: Make) -> None:
     request = engine.arrive(PROMPT)
     assert engine.match(request, 20) == 16
     engine.admit(request, 16, 20)
-    engine.step((request, 1))
-    assert engine.num_compared == 4
+    planned = engine.plan({request.request_id: 1})
+    assert planned.loads[0][1].group_sizes == [4]
+    engine.end(engine.execute(planned, {request.request_id: 1}), {request.request_id: 1})
 
 
 def test_a_request_may_ask_to_read_no_cache(make: Make) -> None:
@@ -101,6 +102,18 @@ def test_tokens_that_are_only_guessed_are_not_saved(make: Make) -> None:
     engine.end(engine.execute(planned, {request.request_id: 10}), {request.request_id: 10})
 
 
+def test_a_token_may_change_until_it_is_computed(make: Make) -> None:
+    engine = make(offload_prompt_only=False)
+    request = engine.arrive(PROMPT[:8])
+    engine.admit(request, 0)
+    engine.step((request, 7))
+    request.tokens[7] = 99  # as in a session of vLLM that takes further input
+    engine.step((request, 1))
+    engine.finish(request)
+    assert engine.serve(PROMPT) == 4
+    assert engine.serve([*PROMPT[:7], 99, 100]) == 8
+
+
 # ---------------------------------------------------------------- chunks and windows
 
 
@@ -110,7 +123,7 @@ def test_tokens_that_are_only_guessed_are_not_saved(make: Make) -> None:
     [
         (FULL,),
         (WINDOW,),
-        (FULL, WINDOW),
+        (FULL, WINDOW, Group(4, 6)),
         (WINDOW, FULL, Group(4, 20)),
         (Group(8), Group(4, 9)),
     ],
@@ -144,15 +157,35 @@ def test_a_window_needs_only_its_own_chunks(make: Make) -> None:
 def test_a_prefix_ends_where_a_window_is_complete(make: Make) -> None:
     engine = make((FULL, WINDOW))
     engine.serve(PROMPT)
-    gone = engine.scheduler._groups[1]
     request = engine.arrive(PROMPT)
     engine.match(request)
-    keys = engine.scheduler._requests[request.request_id].keys[gone.number]
-    tier = engine.manager._tier
-    slots = tier.pin(keys[5:8]).tolist()
-    tier.discard(slots)
-    tier.unpin(slots)
-    assert engine.match(request) == 20  # its window is in blocks 3 and 4
+    engine.lose(request, 1, range(3))
+    assert engine.match(request) == 36  # its window is in blocks 7 and 8
+    engine.lose(request, 1, range(5, 8))
+    assert engine.match(request) == 20  # in blocks 3 and 4
+
+
+def test_a_prefix_that_one_window_shortens_suits_the_others(make: Make) -> None:
+    engine = make((WINDOW, WINDOW))
+    engine.serve(PROMPT)
+    request = engine.arrive(PROMPT)
+    engine.match(request)
+    engine.lose(request, 0, [6])
+    engine.lose(request, 1, [7])
+    assert engine.match(request) == 24  # not 28: block 6 is in that window
+    engine.admit(request, 24)
+    engine.step((request, 13))
+
+
+def test_a_prefix_ends_with_a_block_of_the_group_with_larger_ones(make: Make) -> None:
+    engine = make((Group(8), FULL))
+    engine.serve(PROMPT)
+    request = engine.arrive(PROMPT)
+    engine.match(request)
+    engine.lose(request, 1, [5])
+    assert engine.match(request) == 16
+    engine.admit(request, 16)
+    engine.step((request, 21))
 
 
 def test_blocks_that_vllm_expects_before_a_window_are_not_left_unwritten(make: Make) -> None:
@@ -212,6 +245,22 @@ def test_steps_may_be_planned_before_earlier_ones_have_ended(make: Make) -> None
     assert sum(engine.manager._tier._pins) == 9  # of the second step
     engine.end(told_two, {second.request_id: 1})
     assert engine.num_compared == 9
+
+
+def test_rows_of_a_request_that_loads_again_are_let_go_step_by_step(make: Make) -> None:
+    engine = make()
+    engine.serve(PROMPT)
+    request = engine.arrive(PROMPT)
+    scheduled = {request.request_id: 1}
+    engine.admit(request, engine.match(request) or 0)
+    first = engine.plan(scheduled)
+    told = engine.execute(first, scheduled)
+    engine.preempt(request)
+    engine.admit(request, engine.match(request, 20) or 0, 20)
+    second = engine.plan(scheduled)
+    engine.end(told, {})
+    assert sum(engine.manager._tier._pins) == 4
+    engine.end(engine.execute(second, scheduled), scheduled)
 
 
 def test_a_step_without_copies_tells_nothing(make: Make) -> None:
