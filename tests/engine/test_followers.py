@@ -54,6 +54,21 @@ def test_both_ranks_find_a_prompt_after_a_restart(process: FollowerProcess, tmp_
         assert tokens_of(engine, PROMPT) == (36, {"disk": 36})
 
 
+@pytest.mark.parametrize("fault", [None, "lose", "flip"])
+def test_a_warmed_prompt_is_on_both_ranks_or_on_none(
+    fault: str | None, process: FollowerProcess, tmp_path: Path
+) -> None:
+    with LeadingEngine(process, tmp_path, 14) as engine:
+        fill(engine)
+        if fault is not None:
+            process.tell(fault)
+        prompt, num_tokens = [0, *PROMPT[:30]], 28 if fault is None else 0
+        assert engine.tiers is not None
+        assert engine.tiers.warm([prompt]) == num_tokens
+        assert tokens_of(engine, prompt) == (num_tokens, {})
+        assert engine.settle()["used"] == 0
+
+
 @pytest.mark.parametrize("fault", ["lose", "flip", "shorten"])
 def test_what_a_follower_lost_is_computed_and_saved_again(
     fault: str, process: FollowerProcess, tmp_path: Path

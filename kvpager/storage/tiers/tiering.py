@@ -371,7 +371,7 @@ class Tiering:
         Returns how many tokens were added to the prefix cache. Raises: `ValueError` with followers.
         """
         if self.followers.count:
-            raise ValueError("warm: followers only fetch between steps. Submit requests instead.")
+            raise ValueError("warm: followers fetch between steps. Call it on the engine's tiers.")
         wait_s = arguments.seconds("wait_s", wait_s)
         count = 0
         for prompt in prompts:
