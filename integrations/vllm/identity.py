@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from kvpager.integrations.vllm.interface import RELEASE, OffloadingConfig, current_platform
+from kvpager.integrations.vllm.interface import (
+    RELEASE,
+    AttentionBackendEnum,
+    OffloadingConfig,
+    current_platform,
+)
+from kvpager.integrations.vllm_plugin import BACKEND
 from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.weights import model_digest
@@ -40,6 +46,7 @@ def chunk_layout(
         f"settings {_settings(model_config)}",
         f"dtype {config.model.dtype}",
         f"pages {config.kv_cache_layout} on {_device()}",
+        f"attention {_attention(model_config.dtype)}",
         f"blocks_per_chunk {config.cache.blocks_per_chunk}",
         f"tokens_per_hash {config.cache.tokens_per_hash}",
         f"groups {json.dumps(groups)}",
@@ -76,3 +83,16 @@ def _device() -> str:
         return kind
     amx = torch.cpu._is_amx_tile_supported()  # there is no public function
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx {amx}"
+
+
+def _attention(dtype: torch.dtype) -> str:
+    """Return the attention backend of vLLM's CPU platform: it arranges the inside of a page."""
+    if current_platform.device_type != "cpu":
+        return "of the device"
+    path: str = AttentionBackendEnum.CPU_ATTN.get_path()
+    if path == BACKEND:
+        from kvpager.integrations.vllm.attention import reason_for_vllm
+
+        if reason_for_vllm(dtype) is not None:
+            path = AttentionBackendEnum.CPU_ATTN.value
+    return path

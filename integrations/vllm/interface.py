@@ -41,6 +41,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import ( 
     OffloadingConnector,
 )
 from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     SlidingWindowSpec,
@@ -76,6 +77,7 @@ RELEASE = vllm.__version__
 
 __all__ = [
     "RELEASE",
+    "AttentionBackendEnum",
     "BlockIDsLoadStoreSpec",
     "CacheHitSource",
     "CanonicalKVCaches",

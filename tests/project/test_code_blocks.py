@@ -30,7 +30,7 @@ NOT_TESTED = {
     ("docs/sglang.md", "needs SGLang"): 2,
     ("docs/testing.md", "takes hours"): 1,
     ("docs/testing.md", "takes minutes"): 2,
-    ("docs/vllm.md", "needs vLLM"): 2,
+    ("docs/vllm.md", "needs vLLM"): 3,
 }
 
 

@@ -21,6 +21,7 @@ with installed():
     from vllm.v1.kv_offload.base import CanonicalKVCacheRef, CanonicalKVCacheTensor
 
     from kvpager.integrations.vllm import (
+        attention,
         connector,
         identity,
         interface,
@@ -43,6 +44,7 @@ __all__ = [
     "LowerTiers",
     "Node",
     "Slots",
+    "attention",
     "caches_of",
     "connector",
     "context_of",

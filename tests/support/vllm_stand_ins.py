@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.support import vllm_attention_stand_ins
+
 _config: list[Any] = []
 
 
@@ -308,7 +310,7 @@ def installed(version: str = "0.32.0") -> Iterator[None]:
         yield
         return
     added = dict[str, ModuleType]()
-    for name, members in _MODULES.items():
+    for name, members in (*_MODULES.items(), *vllm_attention_stand_ins.MODULES.items()):
         parts = name.split(".")
         for count in range(1, len(parts) + 1):
             parent = ".".join(parts[:count])
