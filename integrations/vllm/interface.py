@@ -66,6 +66,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     make_offload_key,
 )
 from vllm.v1.kv_offload.config import OffloadingConfig  # noqa: E402
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy  # noqa: E402
 from vllm.v1.kv_offload.tiering.base import (  # noqa: E402
     JobResult,
     SecondaryTierManager,
@@ -80,6 +81,7 @@ __all__ = [
     "AttentionBackendEnum",
     "BlockIDsLoadStoreSpec",
     "CacheHitSource",
+    "CachePolicy",
     "CanonicalKVCaches",
     "FullAttentionSpec",
     "GPULoadStoreSpec",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from kvpager.integrations.vllm.chunk_order import ChunkOrder, Seen, in_order
 from kvpager.integrations.vllm.host_rows import HostRows
 from kvpager.integrations.vllm.interface import (
     CacheHitSource,
@@ -19,7 +20,7 @@ from kvpager.integrations.vllm.interface import (
     RequestOffloadingContext,
 )
 from kvpager.integrations.vllm.lower_tiers import Chunk, LowerTiers
-from kvpager.integrations.vllm.places import ABSENT, ASKED, Places, position
+from kvpager.integrations.vllm.places import ABSENT, ASKED, Places
 from kvpager.integrations.vllm.worker import Slots
 from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier, KeySlot
 
@@ -34,6 +35,7 @@ class _Request:
         self.tier = tier
         self.used: dict[bytes, None] = {}  # stored or loaded
         self.loading = deque[list[int]]()  # the pinned slots of each load
+        self.seen: Seen = {}  # the same by position
         self.places = Places()
         self.sources: dict[bytes, str] = {}  # the name of the store that a chunk came from
         self.looked_up: list[bytes] = []  # in this step, in host memory or in a store
@@ -58,6 +60,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         """Keep chunks in `rows`, one in each slot of the tier that `make_tier` makes."""
         self._make_tier, self._rows, self._lower = make_tier, rows, lower
         self._tier = make_tier()
+        self._order = ChunkOrder()
         self._writing: dict[bytes, int] = {}  # slots that are reserved
         self._waiting: dict[str, _Request] = {}  # lacked chunks in this step
         self._num_requests = 0
@@ -138,6 +141,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
             raise KeyError("a chunk that vLLM loads is not in host memory")
         request.loading.append(slots)
         request.used |= dict.fromkeys(keys)
+        self._order.ancestry(keys, req_context, request.seen)
         return Slots(slots)
 
     def complete_load(self, keys: Collection[Any], req_context: ReqContext) -> None:
@@ -150,8 +154,9 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self, keys: Collection[Any], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
         offered = list(dict.fromkeys(keys))
-        depths = [position(req_context, key) for key in offered]
-        slots, evicted = self._tier.reserve(offered, partly=True, depths=depths)
+        request = self._request(req_context)
+        depths, parents = self._order.ancestry(offered, req_context, request.seen)
+        slots, evicted = self._tier.reserve(offered, partly=True, depths=depths, parents=parents)
         pairs = zip(offered, slots.tolist(), strict=True)
         new = {key: slot for key, slot in pairs if slot >= 0}
         if not new and NO_ROOM in slots:
@@ -159,13 +164,13 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._writing |= new
         gone = [key for key, _ in evicted]
         self._tell(True, gone)
-        self._request(req_context).used |= dict.fromkeys(offered)
+        request.used |= dict.fromkeys(offered)
         return PrepareStoreOutput(list(new), Slots(list(new.values())), gone)
 
     def complete_store(
         self, keys: Collection[Any], req_context: ReqContext, success: bool = True
     ) -> None:
-        ordered = sorted(keys, key=partial(position, req_context))
+        ordered = in_order(keys, req_context)
         if not success:
             self._tier.abandon([self._writing.pop(key) for key in ordered])
             return
@@ -211,7 +216,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._waiting.pop(req_context.req_id, None)
         used = self._request(req_context).used
         # The last chunk of the prompt leaves first.
-        self._tier.rest(sorted(used, key=partial(position, req_context)))
+        self._tier.rest(in_order(used, req_context))
 
     def take_events(self) -> Iterator[OffloadingEvent]:
         while self._changes:

@@ -240,6 +240,11 @@ class SecondaryTierManager:
 class OffloadingManager: ...
 
 
+class CachePolicy:
+    def __init__(self, cache_capacity: int) -> None:
+        self.cache_capacity = cache_capacity
+
+
 class OffloadingWorker: ...
 
 
@@ -299,6 +304,7 @@ _MODULES: dict[str, tuple[Any, ...]] = {
     "vllm.v1.kv_offload.base": _BASE,
     "vllm.v1.kv_offload.config": (OffloadingConfig,),
     "vllm.v1.kv_offload.tiering.base": (JobResult, SecondaryTierManager, TransferJob),
+    "vllm.v1.kv_offload.cpu.policies.base": (CachePolicy,),
     "vllm.v1.metrics.cache_hit_source": (CacheHitSource,),
 }
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from kvpager.plans import Int32
 from kvpager.storage.tiers.checks import blocks_in, check_blocks
 from kvpager.storage.tiers.counters import StoreCounters
-from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, Reservation, SlotPolicy
+from kvpager.storage.tiers.eviction_order import SlotPolicy
+from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, Reservation
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.losses import Losses
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats

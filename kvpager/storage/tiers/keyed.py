@@ -16,76 +16,19 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvpager import _validate as arguments
 from kvpager.errors import BrokenInvariant
-from kvpager.plans import Float64, Int32, Int64, UInt64
-from kvpager.storage.tiers.ranked import Ranked
+from kvpager.plans import Int32
+from kvpager.storage.tiers.eviction_order import NO_KEY, EvictionOrder, Recency, SlotPolicy
 
 KNOWN, NO_ROOM = -1, -2  # in the place of a slot
 _FREE, _WRITING, _READY, _NAMELESS = range(4)
 
 KeySlot = tuple[bytes, int]
-
-
-class SlotPolicy(Protocol):
-    """The part of an eviction policy that a tier calls. `kvpager.blocks.policies` has some.
-
-    The slots of a call are distinct, int32 [n].
-    """
-
-    needs_fingerprints: bool
-
-    def admit(self, blocks: Int32, fingerprints: UInt64, depths: Int64) -> None:
-        """Note that the slots are offered from now on. See `EvictionPolicy.admit`."""
-
-    def touch(self, blocks: Int32) -> None:
-        """Note that the slots are used again."""
-
-    def release(self, blocks: Int32) -> None:
-        """Note that no reader holds the slots any more."""
-
-    def rank(self, blocks: Int32) -> Float64 | Int64:
-        """Return the rank of each slot: the lowest leaves first."""
-
-    def forget(self, blocks: Int32) -> None:
-        """Note that the slots are not offered any more."""
-
-    def reranked(self, count: int) -> Int32:
-        """Return the slots whose rank changed although no call named them."""
-
-
-class Recency:
-    """Evict the slot whose last use is oldest. O(slots named)."""
-
-    needs_fingerprints = False
-
-    def __init__(self, num_slots: int) -> None:
-        self._now = 0
-        self._last_used: Int64 = np.zeros(num_slots, np.int64)
-
-    def admit(self, blocks: Int32, fingerprints: UInt64, depths: Int64) -> None:  # noqa: D102
-        pass
-
-    def touch(self, blocks: Int32) -> None:  # noqa: D102
-        pass
-
-    def release(self, blocks: Int32) -> None:  # noqa: D102
-        self._now += 1
-        self._last_used[blocks] = self._now
-
-    def rank(self, blocks: Int32) -> Int64:  # noqa: D102
-        return self._last_used[blocks]
-
-    def forget(self, blocks: Int32) -> None:  # noqa: D102
-        pass
-
-    def reranked(self, count: int) -> Int32:  # noqa: D102
-        return _NO_SLOTS
 
 
 class Reservation(NamedTuple):
@@ -114,15 +57,16 @@ class KeyedTier:
         `TypeError` for a bad number.
         """
         self.num_slots = arguments.count("num_slots", num_slots, at_least=1)
-        self._policy: SlotPolicy = Recency(self.num_slots) if policy is None else policy
         self._lock = threading.Lock()
         self._slots: dict[bytes, int] = {}  # of writing and ready slots
-        self._keys: list[bytes] = [b""] * self.num_slots
+        self._keys: list[bytes] = [NO_KEY] * self.num_slots
         self._states = bytearray(self.num_slots)
         self._pins: list[int] = [0] * self.num_slots
-        self._depths: Int64 = np.zeros(self.num_slots, np.int64)
+        self._depths: list[int] = [0] * self.num_slots
         self._free = list(range(self.num_slots - 1, -1, -1))
-        self._idle = Ranked()  # ready and not pinned
+        # Idle: ready and not pinned.
+        policy = Recency(self.num_slots) if policy is None else policy
+        self._order = EvictionOrder(policy, self._keys, self._slots)
         self._num_ready = self._num_nameless = 0
         self._closed = False
 
@@ -139,13 +83,19 @@ class KeyedTier:
     @property
     def num_available(self) -> int:
         """The number of slots that are free or may be evicted. O(1)."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._order)
+
+    def has(self, key: bytes) -> bool:
+        """Return True if a key is offered. Changes nothing. O(1)."""
+        with self._lock:
+            slot = self._slots.get(key)
+            return slot is not None and self._states[slot] == _READY and not self._closed
 
     def find(self, keys: Sequence[bytes]) -> int:
         """Return how many leading keys are offered. Changes nothing. O(keys)."""
         with self._lock:
             for count, key in enumerate(keys):
-                if not self._is_offered(key):
+                if self._offered(key) is None:
                     return count
         return len(keys)
 
@@ -155,30 +105,39 @@ class KeyedTier:
         *,
         partly: bool = False,
         depths: Sequence[int] | None = None,
+        parents: Sequence[bytes | None] | None = None,
     ) -> Reservation:
         """Take a slot to write for each new key. Evicts if needed. O(keys log slots).
 
         Keys that are offered or being written are `KNOWN`, and count as used. Without room for all
         new keys none gets a slot; with `partly` the first do. End each reservation by `publish` or
         `abandon`. `depths` are the positions of the keys in their prefix; by default 0, 1, ...
+        `parents` are the keys that they continue, in the tier or not: a key leaves after its
+        continuations, unless these are pinned or being written and no other key is left.
         """
-        slots: Int32 = np.full(len(keys), KNOWN, np.int32)
+        outcomes = [KNOWN] * len(keys)
         with self._lock:
-            first = {key: index for index, key in reversed([*enumerate(keys)])}
-            new = sorted(index for key, index in first.items() if key not in self._slots)
-            slots[new] = NO_ROOM
+            held = [*map(self._slots.get, keys)]
+            new = dict[bytes, int]()
+            for index, slot in enumerate(held):
+                if slot is None and keys[index] not in new:
+                    new[keys[index]] = index
+                    outcomes[index] = NO_ROOM
             # A known key is in use: it makes no room for its neighbours.
-            known = self._idle_slots(keys)
-            self._touch(known)
+            known = self._order.idle(held)
+            self._order.touch(known)
             room = 0 if self._closed else self.num_available
-            if len(new) > room:
-                new = new[:room] if partly else []
-            evicted = self._evict(len(new) - len(self._free))
-            for index in new:
-                depth = index if depths is None else depths[index]
-                slots[index] = self._take(keys[index], depth)
-            self._rest(known)
-        return Reservation(slots, evicted)
+            indices = [*new.values()]
+            if len(indices) > room:
+                indices = indices[:room] if partly else []
+            evicted = self._evict(len(indices) - len(self._free))
+            for index in indices:
+                outcomes[index] = slot = self._take(keys[index])
+                self._depths[slot] = index if depths is None else depths[index]
+                if parents is not None and (parent := parents[index]):
+                    self._order.link(slot, parent)
+            self._order.rest(known)
+        return Reservation(_array(outcomes), evicted)
 
     def publish(self, slots: Iterable[int]) -> None:
         """Offer the keys of slots that are written. O(slots log slots)."""
@@ -188,12 +147,13 @@ class KeyedTier:
                 self._states[slot] = _READY
             self._num_ready += len(written)
             self._admit(written)
-            self._rest(written)
+            self._order.rest(written)
 
     def abandon(self, slots: Iterable[int]) -> None:
         """Free slots that were reserved; their keys are not offered. O(slots)."""
         with self._lock:
             for slot in self._written(slots):
+                self._order.unlink(slot)
                 del self._slots[self._keys[slot]]
                 self._release(slot)
 
@@ -202,14 +162,13 @@ class KeyedTier:
 
         Returns a slot for each key, or -1 for a key that is not offered, int32 [n].
         """
-        slots: Int32 = np.full(len(keys), -1, np.int32)
         with self._lock:
-            for index, key in enumerate(keys):
-                if self._is_offered(key):
-                    slots[index] = slot = self._slots[key]
-                    self._pins[slot] += 1
-            self._touch(_distinct(slots.tolist()))
-        return slots
+            offered = [*map(self._offered, keys)]
+            pinned = [slot for slot in offered if slot is not None]
+            for slot in pinned:
+                self._pins[slot] += 1
+            self._order.touch([*dict.fromkeys(pinned)])
+        return _array([-1 if slot is None else slot for slot in offered])
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Undo one `pin` of each slot. Frees discarded slots. O(slots log slots)."""
@@ -221,7 +180,7 @@ class KeyedTier:
                     rested.append(slot)
                 elif not self._pins[slot]:
                     self._release(slot)
-            self._rest(rested)
+            self._order.rest(rested)
 
     def share(self, slots: Iterable[int]) -> None:
         """Pin slots that are pinned once more. O(slots)."""
@@ -255,8 +214,8 @@ class KeyedTier:
             for slot in slots:
                 if self._states[slot] != _NAMELESS:
                     raise ValueError(f"slot {slot}: it is not taken")
-            known = self._idle_slots(keys)  # in use: see `reserve`
-            self._touch(known)
+            known = self._order.idle(map(self._slots.get, keys))  # in use: see `reserve`
+            self._order.touch(known)
             for index, (slot, key) in enumerate(zip(slots, keys, strict=True)):
                 if self._closed or key in self._slots:
                     outcomes[index] = NO_ROOM if self._closed else KNOWN
@@ -267,13 +226,13 @@ class KeyedTier:
             self._num_ready += len(named)
             self._num_nameless -= len(named)
             self._admit(named)
-            self._rest(known)
+            self._order.rest(known)
         return outcomes
 
     def rest(self, keys: Sequence[bytes]) -> None:
         """Let keys leave as if they were released now, without a use. O(keys log slots)."""
         with self._lock:
-            self._rest(self._idle_slots(keys))
+            self._order.rest(self._order.idle(map(self._slots.get, keys)))
 
     def discard(self, slots: Iterable[int]) -> list[KeySlot]:
         """Stop to offer the keys of pinned slots. O(slots).
@@ -287,7 +246,8 @@ class KeyedTier:
                     self._states[slot] = _NAMELESS
                     gone.append((self._keys[slot], slot))
             self._num_nameless += len(gone)
-            self._forget(gone)
+            self._order.forget([slot for _, slot in gone])
+            self._withdraw(gone)
             return gone
 
     def restore(self, pairs: Iterable[KeySlot]) -> None:
@@ -305,14 +265,14 @@ class KeyedTier:
                 raise ValueError("restore: a key or a slot comes twice")
             if not set(slots) <= set(self._free):
                 raise ValueError(f"restore: a slot is not in 0..{self.num_slots - 1}")
-            self._slots = held
+            self._slots.update(held)
             for key, slot in pairs:
                 self._keys[slot] = key
                 self._states[slot] = _READY
             self._free = [slot for slot in self._free if self._states[slot] == _FREE]
             self._num_ready = len(slots)
             self._admit(slots)
-            self._rest(slots[::-1])  # of equal ranks the last given leaves first
+            self._order.rest(slots[::-1])  # of equal ranks the last given leaves first
 
     def pairs(self) -> list[KeySlot]:
         """Return the offered keys and their slots, in the order they would leave. O(n log n).
@@ -320,7 +280,7 @@ class KeyedTier:
         Pinned slots come last.
         """
         with self._lock:
-            slots = self._idle.in_order()
+            slots = self._order.in_order()
             held = [slot for slot in range(self.num_slots) if self._pins[slot]]
             slots += [slot for slot in held if self._states[slot] == _READY]
             return [(self._keys[slot], slot) for slot in slots]
@@ -340,7 +300,7 @@ class KeyedTier:
             for what, good in (
                 ("free slots", free == [s for s, t in enumerate(self._states) if t == _FREE]),
                 ("number of ready slots", self._num_ready == len(ready)),
-                ("idle slots", sorted(self._idle.in_order()) == idle),
+                ("idle slots", sorted(self._order.in_order()) == idle),
                 ("keys", sorted(self._slots.values()) == offered),
                 ("slots", all(self._slots[self._keys[slot]] == slot for slot in offered)),
                 ("pins", all(self._states[s] >= _READY for s, n in enumerate(self._pins) if n)),
@@ -349,65 +309,41 @@ class KeyedTier:
             ):
                 if not good:
                     raise BrokenInvariant(f"keyed tier: {what}")
+            self._order.check()
 
-    def _is_offered(self, key: bytes) -> bool:
+    def _offered(self, key: bytes) -> int | None:
+        """Return the slot of a key that is offered."""
         slot = self._slots.get(key)
-        return slot is not None and self._states[slot] == _READY and not self._closed
-
-    def _idle_slots(self, keys: Iterable[bytes]) -> list[int]:
-        slots = _distinct(self._slots.get(key, -1) for key in keys)
-        return [slot for slot in slots if slot in self._idle]
+        return (
+            slot if slot is not None and self._states[slot] == _READY and not self._closed else None
+        )
 
     def _admit(self, slots: list[int]) -> None:
-        keys = [self._keys[slot][:8] for slot in slots] if self._policy.needs_fingerprints else []
-        prints: UInt64 = np.frombuffer(b"".join(keys), "<u8").astype(np.uint64)
-        index = _array(slots)
-        if slots:
-            self._policy.admit(index, prints, self._depths[index][: len(prints)])
-
-    def _touch(self, slots: list[int]) -> None:
-        """Keep slots from leaving until `_rest`."""
-        self._idle.forget(slots)
-        if slots:
-            self._policy.touch(_array(slots))
-
-    def _rest(self, slots: list[int]) -> None:
-        """Let idle slots leave; of equal ranks the last given first."""
-        if slots:
-            self._policy.release(_array(slots))
-            self._queue(slots[::-1])
-
-    def _queue(self, slots: list[int]) -> None:
-        for slot, rank in zip(slots, self._policy.rank(_array(slots)).tolist(), strict=True):
-            self._idle.push(rank, slot)
+        self._order.admit(slots, [self._depths[slot] for slot in slots])
 
     def _evict(self, count: int) -> list[KeySlot]:
         if count <= 0:
             return []
-        self._queue([s for s in self._policy.reranked(count).tolist() if s in self._idle])
-        gone = [(self._keys[slot], slot) for slot in (self._idle.pop() for _ in range(count))]
-        self._forget(gone)
+        gone = [(self._keys[slot], slot) for slot in self._order.evict(count)]
+        self._withdraw(gone)
         for _, slot in gone:
             self._release(slot)
         return gone
 
-    def _forget(self, gone: list[KeySlot]) -> None:
+    def _withdraw(self, gone: list[KeySlot]) -> None:
         for key, _ in gone:
             del self._slots[key]
         self._num_ready -= len(gone)
-        if gone:
-            self._policy.forget(_array([slot for _, slot in gone]))
 
-    def _take(self, key: bytes, depth: int) -> int:
+    def _take(self, key: bytes) -> int:
         slot = self._free.pop()
-        self._slots[key], self._keys[slot] = slot, key
-        self._states[slot], self._depths[slot] = _WRITING, depth
+        self._slots[key], self._keys[slot], self._states[slot] = slot, key, _WRITING
         return slot
 
     def _release(self, slot: int) -> None:
         self._num_nameless -= self._states[slot] == _NAMELESS
         self._states[slot] = _FREE
-        self._keys[slot] = b""
+        self._keys[slot] = NO_KEY
         self._free.append(slot)
 
     def _written(self, slots: Iterable[int]) -> list[int]:
@@ -426,15 +362,15 @@ class KeyedTier:
 
 
 _KEYED = (_WRITING, _READY)
-_NO_SLOTS: Int32 = np.empty(0, np.int32)
 
 
-def _array(slots: Sequence[int]) -> NDArray[np.int32]:
+def _array(slots: Sequence[int]) -> Int32:
     return np.array(slots, np.int32)
 
 
 def _given(slots: Iterable[int]) -> list[int]:
-    return [int(slot) for slot in slots if slot >= 0]
+    numbers = slots.tolist() if isinstance(slots, np.ndarray) else slots
+    return [int(slot) for slot in numbers if slot >= 0]
 
 
 def _distinct(slots: Iterable[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Keys and slots of a tier: each method, and any history against a dictionary."""
+"""Keys and slots of a tier: each method."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvpager.blocks.policies import POLICIES
-from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier, SlotPolicy
+from kvpager.storage.tiers.eviction_order import SlotPolicy
+from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier
 from kvpager.testing.stores import key_of
 
 
@@ -331,121 +329,3 @@ def test_a_policys_order_decides_who_leaves() -> None:
     for number in (0, 1, 2):  # a policy updates ranks at the next use
         tier.unpin(tier.pin(keys(number)))
     assert [key for key, _ in tier.pairs()] == keys(1, 0, 2)
-
-
-# ---------------------------------------------------------------- any history
-
-
-class Histories(RuleBasedStateMachine):
-    """Each slot has an owner in the model; the tier must agree with it after every call."""
-
-    numbers = st.lists(st.integers(0, 11), max_size=5)
-    picks = st.integers(0, 50)
-
-    @initialize(num_slots=st.integers(1, 6), name=st.sampled_from([None, *POLICIES]))
-    def make(self, num_slots: int, name: str | None) -> None:
-        self.tier = KeyedTier(num_slots, POLICIES[name](num_slots) if name else None)
-        self.num_slots = num_slots
-        self.offered: dict[bytes, int] = {}
-        self.writing: dict[int, bytes] = {}
-        self.pins: list[int] = []  # a slot for each pin
-        self.nameless: set[int] = set()
-
-    @rule(numbers=numbers, partly=st.booleans())
-    def reserve(self, numbers: list[int], partly: bool) -> None:
-        asked = keys(*numbers)
-        known = self.offered.keys() | set(self.writing.values())
-        new = list(dict.fromkeys(key for key in asked if key not in known))
-        kept = {slot for key, slot in self.offered.items() if key in asked} | set(self.pins)
-        room = self.num_slots - len(kept | self.writing.keys())
-        free = self.num_slots - len({*self.offered.values(), *self.writing, *self.pins})
-        slots, evicted = self.tier.reserve(asked, partly=partly)
-        taken = {asked[i]: slot for i, slot in enumerate(slots.tolist()) if slot >= 0}
-        fit = len(new) if len(new) <= room else room if partly else 0
-        assert list(taken) == new[:fit]
-        assert len(evicted) == max(fit - free, 0)
-        for key, slot in evicted:
-            assert self.offered.pop(key) == slot
-            assert slot not in kept
-            assert slot in taken.values()
-        held = {*self.offered.values(), *self.writing, *self.pins}
-        assert len(set(taken.values()) - held) == len(taken)
-        self.writing |= {slot: key for key, slot in taken.items()}
-        refused = [key for key, slot in zip(asked, slots, strict=True) if slot == NO_ROOM]
-        assert refused == new[fit:]
-
-    @rule(count=st.integers(0, 4), partly=st.booleans())
-    def take(self, count: int, partly: bool) -> None:
-        held = {*self.writing, *self.pins}
-        room = self.num_slots - len(held)
-        slots, evicted = self.tier.take(count, partly=partly)
-        taken = slots.tolist()
-        assert len(taken) == (count if count <= room else room if partly else 0)
-        for key, slot in evicted:
-            assert self.offered.pop(key) == slot
-            assert slot in taken
-        assert not held.union(self.offered.values()) & set(taken)
-        self.pins += taken
-        self.nameless |= set(taken)
-
-    @rule(numbers=numbers)
-    def name(self, numbers: list[int]) -> None:
-        slots = sorted(self.nameless)[: len(numbers)]
-        for slot, key in zip(slots, keys(*numbers), strict=False):
-            is_known = key in self.offered or key in self.writing.values()
-            [named] = self.tier.name([slot], [key]).tolist()
-            assert named == (KNOWN if is_known else slot)
-            if not is_known:
-                self.offered[key] = slot
-                self.nameless.remove(slot)
-
-    @rule(picks=st.sets(picks))
-    def share(self, picks: set[int]) -> None:
-        slots = [slot for i, slot in enumerate(self.pins) if i in picks]
-        self.tier.share(slots)
-        self.pins += slots
-
-    @rule(picks=st.sets(picks), publish=st.booleans())
-    def finish(self, picks: set[int], publish: bool) -> None:
-        slots = [slot for i, slot in enumerate(self.writing) if i in picks]
-        (self.tier.publish if publish else self.tier.abandon)(slots)
-        for slot in slots:
-            key = self.writing.pop(slot)
-            if publish:
-                self.offered[key] = slot
-
-    @rule(numbers=numbers)
-    def pin(self, numbers: list[int]) -> None:
-        slots = self.tier.pin(keys(*numbers)).tolist()
-        assert slots == [self.offered.get(key, -1) for key in keys(*numbers)]
-        self.pins += [slot for slot in slots if slot >= 0]
-
-    @rule(picks=st.sets(picks), discard=st.booleans())
-    def unpin(self, picks: set[int], discard: bool) -> None:
-        slots = [slot for i, slot in enumerate(self.pins) if i in picks]
-        if discard:
-            gone = self.tier.discard(slots)
-            assert dict(gone) == {k: s for k, s in self.offered.items() if s in slots}
-            for key, slot in gone:
-                del self.offered[key]
-                self.nameless.add(slot)
-        self.tier.unpin(slots)
-        self.pins = [slot for i, slot in enumerate(self.pins) if i not in picks]
-        self.nameless &= set(self.pins)
-
-    @rule(numbers=numbers)
-    def find(self, numbers: list[int]) -> None:
-        asked = keys(*numbers)
-        leading = next((i for i, key in enumerate(asked) if key not in self.offered), len(asked))
-        assert self.tier.find(asked) == leading
-
-    @invariant()
-    def agrees(self) -> None:
-        self.tier.check()
-        assert dict(self.tier.pairs()) == self.offered
-        assert self.tier.num_ready == len(self.offered)
-        assert self.tier.capacity == self.num_slots - len(self.nameless)
-
-
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
