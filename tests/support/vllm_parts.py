@@ -22,6 +22,7 @@ with installed():
 
     from kvpager.integrations.vllm import (
         attention,
+        cache_policy,
         connector,
         identity,
         interface,
@@ -45,6 +46,7 @@ __all__ = [
     "Node",
     "Slots",
     "attention",
+    "cache_policy",
     "caches_of",
     "connector",
     "context_of",

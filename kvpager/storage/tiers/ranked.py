@@ -74,12 +74,8 @@ class Ranked:
                 slots.pop()
             self._num_entries -= before - len(slots)
             if slots:
-                run = (rank, numbers[slots[-1]], end, slots)
-                # Its next slot is mostly the next of all. One that was released may be before it.
-                if (len(heap) > 1 and heap[1] < run) or (len(heap) > 2 and heap[2] < run):
-                    heapq.heapreplace(heap, run)
-                else:
-                    heap[0] = run
+                # Still the first: no other entry has a number between those of a run.
+                heap[0] = (rank, numbers[slots[-1]], end, slots)
             else:
                 heapq.heappop(heap)
             if numbers[slot] != number:
@@ -95,8 +91,8 @@ class Ranked:
     def release(self, slots: Iterable[int]) -> None:
         """Let slots leave that are not held any more. O(log runs) a slot."""
         for slot in slots:
-            rank, number = self._passed.pop(slot, (0.0, 0))
-            if number and self._numbers[slot] == number:
+            if slot in self._passed:
+                rank, number = self._passed.pop(slot)
                 self._add(rank, number, number + 1, [slot])
 
     def release_all(self) -> None:
