@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from kvpager.integrations.vllm.chunk_order import ChunkOrder, Seen, in_order
+from kvpager.integrations.vllm.chunk_order import Ancestry, ChunkOrder, Seen, in_order
 from kvpager.integrations.vllm.host_rows import HostRows
 from kvpager.integrations.vllm.interface import (
     CacheHitSource,
@@ -25,6 +25,7 @@ from kvpager.integrations.vllm.worker import Slots
 from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier, KeySlot
 
 _IDLE_S = 0.005
+_HIT, _MISS = LookupResult.HIT, LookupResult.MISS  # looked up once: it takes longer than `lookup`
 _SOURCES = {"disk": CacheHitSource.DISK}
 
 
@@ -68,12 +69,12 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
 
     def lookup(self, key: Any, req_context: ReqContext) -> LookupResult:
         is_written = key in self._writing  # first: a fetch may end between the two
-        is_here = bool(self._tier.find((key,)))
+        is_here = self._tier.has(key)
         if self._lower is not None and _allows_stores(req_context):
             return self._look_below(key, req_context, is_here, is_written)
         if is_here:
-            return LookupResult.HIT
-        return LookupResult.HIT_PENDING if is_written else LookupResult.MISS
+            return _HIT
+        return LookupResult.HIT_PENDING if is_written else _MISS
 
     def _look_below(
         self, key: Any, req_context: ReqContext, is_here: bool, is_written: bool
@@ -141,8 +142,18 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
             raise KeyError("a chunk that vLLM loads is not in host memory")
         request.loading.append(slots)
         request.used |= dict.fromkeys(keys)
-        self._order.ancestry(keys, req_context, request.seen)
+        _, parents = self._ancestry(keys, req_context)
+        if parents is not None:  # chunks from stores have none yet
+            self._tier.link(slots, parents)
         return Slots(slots)
+
+    def _ancestry(
+        self, keys: Iterable[bytes], req_context: ReqContext
+    ) -> Ancestry | tuple[None, None]:
+        """Return where chunks are in the prompt, if the tier needs it."""
+        if not self._tier.needs_places:
+            return None, None
+        return self._order.ancestry(keys, req_context, self._request(req_context).seen)
 
     def complete_load(self, keys: Collection[Any], req_context: ReqContext) -> None:
         self._tier.unpin(self._request(req_context).loading.popleft())
@@ -154,8 +165,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self, keys: Collection[Any], req_context: ReqContext
     ) -> PrepareStoreOutput | None:
         offered = list(dict.fromkeys(keys))
-        request = self._request(req_context)
-        depths, parents = self._order.ancestry(offered, req_context, request.seen)
+        depths, parents = self._ancestry(offered, req_context)
         slots, evicted = self._tier.reserve(offered, partly=True, depths=depths, parents=parents)
         pairs = zip(offered, slots.tolist(), strict=True)
         new = {key: slot for key, slot in pairs if slot >= 0}
@@ -164,7 +174,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._writing |= new
         gone = [key for key, _ in evicted]
         self._tell(True, gone)
-        request.used |= dict.fromkeys(offered)
+        self._request(req_context).used |= dict.fromkeys(offered)
         return PrepareStoreOutput(list(new), Slots(list(new.values())), gone)
 
     def complete_store(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvpager.blocks.policies import make_policy
 from kvpager.storage.tiers.keyed import KeyedTier
 from kvpager.storage.tiers.protocol import BlockStore
 from tests.support.vllm_stand_ins import installed
@@ -137,6 +138,7 @@ class Node:
         per_chunk: int = 1,
         block_bytes: int = 64,
         events: bool = False,
+        eviction: str = "lru",
     ) -> None:
         name, row_bytes = f"node-{next(_names)}", block_bytes * per_chunk
         size = {"num_processes": 2, "folder": str(folder)}
@@ -151,7 +153,10 @@ class Node:
         )
         lower = LowerTiers(stores, rows.rows, lambda key: key[:32]) if stores else None
         self.manager = KvpagerOffloadingManager(
-            lambda: KeyedTier(num_slots), rows, lower, events=events
+            lambda: KeyedTier(num_slots, make_policy(eviction, num_slots)),
+            rows,
+            lower,
+            events=events,
         )
         self.lower = lower
 

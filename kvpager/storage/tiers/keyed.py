@@ -48,6 +48,10 @@ class KeyedTier:
 
     Pass the keys of a prefix in one call, from the front: of slots with equal rank, those of later
     keys leave first. Calls that take slots skip negative ones.
+
+    Attributes:
+        needs_places: True if the policy ranks by more than the last use. Pass it depths and
+            parents: else prefixes may leave before what continues them.
     """
 
     def __init__(self, num_slots: int, policy: SlotPolicy | None = None) -> None:
@@ -67,6 +71,7 @@ class KeyedTier:
         # Idle: ready and not pinned.
         policy = Recency(self.num_slots) if policy is None else policy
         self._order = EvictionOrder(policy, self._keys, self._slots)
+        self.needs_places = bool(policy.needs_fingerprints)
         self._num_ready = self._num_nameless = 0
         self._closed = False
 
@@ -169,6 +174,13 @@ class KeyedTier:
                 self._pins[slot] += 1
             self._order.touch([*dict.fromkeys(pinned)])
         return _array([-1 if slot is None else slot for slot in offered])
+
+    def link(self, slots: Sequence[int], parents: Sequence[bytes | None]) -> None:
+        """Note the keys that those of pinned slots continue, where not known yet. O(slots)."""
+        with self._lock:
+            for slot, parent in zip(slots, parents, strict=True):
+                if parent and self._states[slot] == _READY:
+                    self._order.link(slot, parent)
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Undo one `pin` of each slot. Frees discarded slots. O(slots log slots)."""

@@ -84,6 +84,33 @@ def test_the_prompt_that_was_used_last_stays(node: Node) -> None:
     assert found(node, KEYS[:4]) == [HIT, HIT, MISS, MISS]
 
 
+def test_with_lifetime_a_chunk_leaves_after_those_that_continue_it(tmp_path: Path) -> None:
+    with closing(Node(tmp_path, num_slots=3, eviction="lifetime")) as node:
+        prompt = context_of(KEYS[:3])
+        for number in range(3):  # a chunk in each step
+            node.save([KEYS[number]], [number], prompt)
+        node.manager.on_request_finished(prompt)
+        for number in (1, 2):  # the chunks before are on the device
+            reader = context_of(KEYS[:3])
+            node.load(KEYS[number:3], list(range(3 - number)), reader)
+            node.manager.on_request_finished(reader)
+        for number in (2, 1, 0):
+            node.save([KEYS[9 + number]], [0])
+            assert found(node, KEYS[:3]) == [HIT] * number + [MISS] * (3 - number)
+
+
+def test_chunks_of_two_groups_are_two_prefixes(tmp_path: Path) -> None:
+    with closing(Node(tmp_path, num_slots=4, eviction="lifetime")) as node:
+        keys = [*KEYS[:2], key_of(0, 1), key_of(1, 1)]
+        prompt = context_of()
+        for key, position in zip(keys, (16, 32, 16, 32), strict=True):
+            prompt.set_offload_key_position(key, position)
+        node.save(keys, [0, 1, 2, 3], prompt)
+        node.manager.on_request_finished(prompt)
+        node.save(KEYS[9:11], [0, 1])
+        assert found(node, keys) == [HIT, MISS, HIT, MISS]
+
+
 def test_what_is_being_loaded_does_not_leave(node: Node) -> None:
     node.save(KEYS[:4], [0, 1, 2, 3])
     reader = context_of()

@@ -96,6 +96,18 @@ def test_a_continuation_in_use_holds_its_prefix_while_others_can_leave(is_writte
     tier.check()
 
 
+def test_the_parent_of_a_saved_key_may_be_told_later() -> None:
+    tier = KeyedTier(2)
+    save(tier, 0)
+    save(tier, 1)
+    slots = tier.pin(KEYS[1:2]).tolist()
+    tier.link(slots, KEYS[:1])
+    tier.link(slots, KEYS[5:6])  # the first counts
+    tier.unpin(slots)
+    assert save(tier, 10) == [1]
+    tier.check()
+
+
 def test_an_abandoned_continuation_holds_nothing() -> None:
     tier = KeyedTier(2)
     save(tier, 0)
