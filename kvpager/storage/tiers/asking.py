@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_bypassed(store: BlockStore) -> bool:
-    """Return True if a store is to be offered nothing now, or fails to say so. O(1)."""
+    """Return True if a store takes nothing now, or if its answer fails. O(1)."""
     try:
         return bool(getattr(store, "bypassed", False))
     except Exception:
