@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvpager import BlockManager
 from kvpager.blocks.groups.manager import GroupedManager
 from kvpager.kv_events.block_names import ContentNames, VLLMHashes
 from kvpager.kv_events.translator import Translator
+from kvpager.scheduling.request import lora_of_version, split_lora
 from kvpager.storage.keys import KeyContext, PromptKeys
 from tests.support.prefixes import A, B, C, D, cache, committed
 
@@ -91,15 +93,9 @@ def test_content_keys_of_windows_are_those_of_stores() -> None:
     manager, translator = grouped(), follower(names)
     cache(manager, A + B + C)
     messages = translator.translate(manager.events.fetch())
-    keys = PromptKeys(manager_tokens(A + B + C), 4, context, (), WINDOWS)
+    keys = PromptKeys(np.array(A + B + C, np.int32), 4, context, (), WINDOWS)
     for group in (0, 1):
         assert stored(messages, group) == [keys.of(group, position) for position in range(3)]
-
-
-def manager_tokens(ids: list[int]) -> Any:
-    import numpy as np
-
-    return np.array(ids, np.int32)
 
 
 def test_a_block_is_named_after_the_block_before_it_was_evicted() -> None:
@@ -146,3 +142,24 @@ def test_all_cached_blocks_are_told_as_when_they_were_stored(manager: BlockManag
     for group in (0, 1):
         assert sorted(stored(again, group)) == sorted(stored(told, group))
     assert manager.events.fetch() == []
+
+
+def test_blocks_of_an_older_cache_are_cleared_and_then_ignored() -> None:
+    manager = BlockManager(16, 4, num_events=100)
+    translator = Translator(VLLMHashes("sha256", {}), read_lora=split_lora)
+    old = committed(manager, A)
+    translator.translate(manager.events.fetch())
+    cache(manager, B, lora=lora_of_version(None, 1))
+    cleared, new = translator.translate(manager.events.fetch())
+    assert (cleared["type"], new["type"], new["lora_name"]) == (
+        "AllBlocksCleared",
+        "BlockStored",
+        None,
+    )
+    manager.append(old, C)
+    manager.commit(old)
+    assert translator.translate(manager.events.fetch()) == []
+    manager.free(old)
+    manager.clear_prefix_cache()
+    (removed,) = translator.translate(manager.events.fetch())
+    assert removed["block_hashes"] == new["block_hashes"]
