@@ -51,12 +51,16 @@ def wheel_of(requirement: str) -> Iterator[Path]:
 
 
 def pip(python: str, command: str, *arguments: str) -> None:
-    """Run pip for an environment that may have none itself."""
-    subprocess.run(
+    """Run pip for an environment that may have none itself. Ends the program if that fails."""
+    done = subprocess.run(
         [sys.executable, "-m", "pip", "--python", python, command, "--quiet", *arguments],
-        check=True,
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise SystemExit(f"pip {command}: {(errors or ['it failed'])[-1]}")
 
 
 def requirements(wheel: Path, left_out: re.Pattern[str]) -> list[str]:

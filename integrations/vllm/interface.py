@@ -44,6 +44,7 @@ from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "KVTransferConfig",
     "Locality",
     "LookupResult",
+    "MLAAttentionSpec",
     "Medium",
     "OffloadingConfig",
     "OffloadingConnector",

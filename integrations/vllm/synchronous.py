@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from kvpager.integrations.vllm.chunks import RequestChunks, chunk_groups, device_blocks
-from kvpager.integrations.vllm.connector import check_groups
+from kvpager.integrations.vllm.connector import check_engine
 from kvpager.integrations.vllm.interface import (
     CacheHitSource,
     GPULoadStoreSpec,
@@ -78,9 +78,9 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        """Check the layers of the model. Raises: `NotImplementedError`, and as the spec does."""
+        """Check the engine and its layers. Raises: as `check_engine` and the spec do."""
         super().__init__(vllm_config, role, kv_cache_config)
-        check_groups(kv_cache_config)
+        check_engine(vllm_config, kv_cache_config)
         config = build_offloading_config(vllm_config, kv_cache_config)
         self._groups = chunk_groups(config, kv_cache_config)
         with set_current_vllm_config(vllm_config):

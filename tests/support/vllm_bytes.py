@@ -19,21 +19,29 @@ class ByteWatch:
     Attributes:
         saved: the digest of each saved block, by the key of its chunk and its place in it.
         num_compared: blocks that were loaded, and had been saved.
-        wrong: those of them whose bytes were others.
+        wrong: those of them whose bytes were others, or that another engine saved: each with the
+            digest of what was loaded.
     """
 
-    def __init__(self, saved: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        saved: dict[str, str] | None = None,
+        spec: Any = KvpagerOffloadingSpec,
+        manager: Any = KvpagerOffloadingManager,
+    ) -> None:
+        """Watch engines with classes `spec` and `manager`, or vLLM's in their place."""
+        self._spec, self._manager = spec, manager
         self.saved = dict(saved or {})
         self.num_compared = 0
-        self.wrong = list[str]()
-        self.managers = list[KvpagerOffloadingManager]()
+        self.wrong = list[tuple[str, str]]()
+        self.managers = list[Any]()
         self._keys = dict[int, bytes]()  # by slot
 
     def install(self, spoil: bool = False) -> None:
         """Watch the engines that are made from now on. `spoil` exchanges rows in each load."""
         self._wrap_manager()
-        make_worker, store = KvpagerOffloadingSpec.get_worker, KvpagerOffloadingWorker.submit_store
-        load = KvpagerOffloadingWorker.submit_load
+        make_worker = self._spec.get_worker
+        store, load = KvpagerOffloadingWorker.submit_store, KvpagerOffloadingWorker.submit_load
 
         def get_worker(spec: Any, caches: Any) -> Any:
             self._caches, self._per_chunk = caches, spec.blocks_per_chunk
@@ -52,15 +60,15 @@ class ByteWatch:
             for name, digest in self._digests(device, host):
                 self.num_compared += 1
                 if self.saved.get(name) != digest:
-                    self.wrong.append(name)
+                    self.wrong.append((name, digest))
             return done
 
-        KvpagerOffloadingSpec.get_worker = get_worker
+        self._spec.get_worker = get_worker
         KvpagerOffloadingWorker.submit_store = submit_store
         KvpagerOffloadingWorker.submit_load = submit_load
 
     def _wrap_manager(self) -> None:
-        manager = KvpagerOffloadingManager
+        manager = self._manager
         make, to_store, to_load = manager.__init__, manager.prepare_store, manager.prepare_load
 
         def init(this: Any, *args: Any, **settings: Any) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,18 @@ class Driver:
     """
 
     def __init__(
-        self, model: str, num_blocks: int, *, max_len: int = 2048, **settings: Any
+        self,
+        model: str,
+        num_blocks: int,
+        *,
+        max_len: int = 2048,
+        block_size: int = 32,
+        **settings: Any,
     ) -> None:
         from vllm import LLM
 
-        self.num_blocks, self.block_size = num_blocks, 32
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._adapters = Path(model).parent
         self.llm = LLM(
             model,
             skip_tokenizer_init=True,
@@ -72,9 +80,11 @@ class Driver:
 
         scheduler._preempt_request = counted
 
-    def ask(self, prompts: Sequence[list[int]], count: int = 16, **extra: Any) -> dict[str, Any]:
+    def ask(
+        self, prompts: Sequence[list[int]], count: int = 16, lora: Any = None, **extra: Any
+    ) -> dict[str, Any]:
         asked = [{"prompt_token_ids": prompt, **extra} for prompt in prompts]
-        outputs = self.llm.generate(asked, self.sampling(count), use_tqdm=False)
+        outputs = self.llm.generate(asked, self.sampling(count), use_tqdm=False, lora_request=lora)
         return {
             "answers": [list(output.outputs[0].token_ids) for output in outputs],
             "cached": [output.num_cached_tokens for output in outputs],
@@ -89,10 +99,10 @@ class Driver:
         """Run a step more: vLLM begins its saves one step late."""
         self.ask([tokens(99, 40)], 4)
 
-    def forget(self) -> None:
-        """Empty the prefix cache of the device."""
+    def forget(self, host: bool = False) -> None:
+        """Empty the prefix cache of the device, and with `host` the host memory."""
         self.settle()
-        assert self.llm.reset_prefix_cache()
+        assert self.llm.reset_prefix_cache(reset_connector=host)
 
     # ------------------------------------------------------------- scenarios
 
@@ -119,6 +129,14 @@ class Driver:
             self.forget()
         return answers
 
+    def salts_in_stores(self) -> list[dict[str, Any]]:
+        """The same, when only the stores have the prompts."""
+        answers = []
+        for salt in ("alice", "bob", "alice"):
+            answers.append(self.ask([tokens(7, 600)], 8, cache_salt=salt))
+            self.forget(host=True)
+        return answers
+
     def aborts(self) -> list[dict[str, Any]]:
         """Abort requests before their first step, during it, and after."""
         self.forget()
@@ -137,6 +155,36 @@ class Driver:
                     answers[output.request_id] = list(output.outputs[0].token_ids)
         return [{"answers": [answers[name] for name in sorted(answers)], "cached": []}]
 
+    def stages(self) -> list[dict[str, Any]]:
+        """Abort a request after each number of steps; only stores have its prompt."""
+        cold = self.ask([self.prefix + tokens(5, 40)])
+        engine = self.llm.llm_engine
+        for steps in range(8):
+            self.forget(host=True)
+            prompt = {"prompt_token_ids": self.prefix + tokens(500 + steps, 40)}
+            engine.add_request(f"stage-{steps}", prompt, self.sampling(24))
+            for _ in range(steps):
+                engine.step()
+            engine.abort_request([f"stage-{steps}"])
+            while engine.has_unfinished_requests():
+                engine.step()
+        self.forget(host=True)
+        return [cold, self.ask([self.prefix + tokens(5, 40)])]
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """Ask one prompt with two adapters and without, each twice; the device forgets."""
+        from vllm.lora.request import LoRARequest
+
+        requests = {
+            name: LoRARequest(name, number, str(self._adapters / name))
+            for number, name in enumerate(("lora-a", "lora-b"), 1)
+        }
+        answers = []
+        for name in (None, "lora-a", "lora-b", "lora-a", None, "lora-b"):
+            answers.append(self.ask([tokens(8, 600)], 12, requests.get(name or "")))
+            self.forget()
+        return answers
+
     def turns(self) -> list[dict[str, Any]]:
         """Hold a conversation; every second turn the device has lost it."""
         answers, history = [], tokens(600, 200)
@@ -150,6 +198,11 @@ class Driver:
     def prefix_again(self) -> list[dict[str, Any]]:
         """Ask for the prefix in an engine that never computed it."""
         answers = [self.ask([self.prefix + tokens(4, 40)])]
+        self.settle()
+        return answers
+
+    def other_prefix(self) -> list[dict[str, Any]]:
+        answers = [self.ask([tokens(11, 800)])]
         self.settle()
         return answers
 
@@ -185,44 +238,79 @@ def host_state(manager: Any) -> dict[str, int]:
     }
 
 
-def main() -> None:
+def host_state_of(manager: Any) -> dict[str, int]:
+    """Return `host_state`, or what vLLM's own tiering manager holds."""
+    if not hasattr(manager, "primary_tier"):
+        return host_state(manager)
+    from tests.support.vllm_tiering import num_held
+
+    manager.reset_cache()  # waits for transfers
+    return {"pinned": num_held(manager), "writing": len(manager._jobs)}
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--offload", type=json.loads, help="settings of kvpager, as JSON")
+    parser.add_argument("--tiering", type=json.loads, help="settings of vLLM's tiers, as JSON")
     parser.add_argument("--scheduler", help="a class of schedulers, in place of vLLM's")
     parser.add_argument("--blocks", type=int, default=160)
-    parser.add_argument("--scenarios", default=",".join(SCENARIOS))
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--engine", type=json.loads, default={}, help="settings of vLLM, as JSON")
+    parser.add_argument(
+        "--scenarios", default=",".join(SCENARIOS), help="their names; - reads them from stdin"
+    )
     parser.add_argument("--spoil", action="store_true", help="exchange rows in each load")
     parser.add_argument(
         "--digests", type=Path, help="the digests of saved blocks, read and written"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def watched(args: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """Return the settings of an engine with tiers, and the watch over its bytes."""
+    if args.offload is None and args.tiering is None:
+        return {}, None
+    from kvpager.integrations.vllm import offload
+    from tests.support.vllm_bytes import ByteWatch
+
+    known = {}
+    if args.digests and args.digests.exists():
+        known = json.loads(args.digests.read_text())
+    if args.tiering is None:
+        config, watch = offload(**args.offload), ByteWatch(known)
+    else:
+        from tests.support.vllm_tiering import CpuTieringSpec, TieringOffloadingManager, tiering
+
+        config = tiering(args.tiering)
+        watch = ByteWatch(known, CpuTieringSpec, TieringOffloadingManager)
+    watch.install(args.spoil)
+    return {"kv_transfer_config": config}, watch
+
+
+def main() -> None:
+    args = arguments()
     os.environ.update(
         {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     )
-
-    settings, watch = dict[str, Any](), None
+    is_here = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    settings, watch = watched(args)
     if args.scheduler is not None:
         settings["scheduler_cls"] = args.scheduler
-    is_here = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    if args.offload is not None:
-        from kvpager.integrations.vllm import offload
-        from tests.support.vllm_bytes import ByteWatch
-
-        settings["kv_transfer_config"] = offload(**args.offload)
-        known = (
-            json.loads(args.digests.read_text()) if args.digests and args.digests.exists() else {}
-        )
-        watch = ByteWatch(known)
-        watch.install(args.spoil)
-    driver = Driver(args.model, args.blocks, **settings)
-    results = {"answers": driver.run(args.scenarios.split(","))}
+    driver = Driver(args.model, args.blocks, block_size=args.block_size, **settings, **args.engine)
+    results: dict[str, Any] = {"answers": {}}
+    if args.scenarios == "-":
+        for line in sys.stdin:
+            [answers] = driver.run([line.strip()]).values()
+            print(json.dumps(answers), flush=True)
+    else:
+        results["answers"] = driver.run(args.scenarios.split(","))
     if is_here:
         driver.settle()
         results["device"] = device_state(driver.llm)
         results["preempted"] = driver.num_preempted
     if watch is not None and is_here:
-        results["host"] = [host_state(manager) for manager in watch.managers]
+        results["host"] = [host_state_of(manager) for manager in watch.managers]
         results["compared"], results["wrong"] = watch.num_compared, watch.wrong
         if args.digests:
             args.digests.write_text(json.dumps(watch.saved))

@@ -99,6 +99,9 @@ def build_offloading_config(vllm_config: Any, kv_cache_config: Any) -> Any: ...
 class FullAttentionSpec: ...
 
 
+class MLAAttentionSpec(FullAttentionSpec): ...
+
+
 class SlidingWindowSpec: ...
 
 
@@ -298,6 +301,7 @@ _MODULES: dict[str, tuple[Any, ...]] = {
     "vllm.platforms": (),
     "vllm.v1.kv_cache_interface": (
         FullAttentionSpec,
+        MLAAttentionSpec,
         SlidingWindowSpec,
         UniformTypeKVCacheSpecs,
     ),

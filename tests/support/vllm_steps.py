@@ -115,7 +115,9 @@ class Engine:
             cache=SimpleNamespace(tokens_per_hash=HASH_TOKENS, blocks_per_chunk=per_chunk),
         )
         vllm_config = SimpleNamespace(
-            model_config=model_config(), kv_transfer_config=SimpleNamespace()
+            model_config=model_config(),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+            kv_transfer_config=SimpleNamespace(),
         )
         for module, name, value in (
             (spec, "HostRows", partial(HostRows, folder=str(self.folder))),

@@ -17,12 +17,14 @@ from vllm.v1.kv_offload.config import (
     OffloadingParallelConfig,
 )
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.manager import TieringOffloadingManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from kvpager.integrations.vllm.interface import set_current_vllm_config
+from kvpager.integrations.vllm.interface import KVTransferConfig, set_current_vllm_config
 from kvpager.integrations.vllm.worker import KvpagerOffloadingWorker
 from tests.support.vllm_parts import model_config
 
+__all__ = ["CpuTieringSpec", "TieringNode", "TieringOffloadingManager", "secondary", "tiering"]
 WAITING = (LookupResult.RETRY, LookupResult.HIT_PENDING)
 
 
@@ -30,6 +32,27 @@ def secondary(store: str, **settings: Any) -> dict[str, Any]:
     """Return the entry of `secondary_tiers` for a store."""
     tier = {"type": "KvpagerSecondaryTier", "module_path": "kvpager.integrations.vllm.secondary"}
     return {**tier, "store": store, "model_id": "model@1", **settings}
+
+
+def tiering(settings: dict[str, Any]) -> KVTransferConfig:
+    """Return the configuration of vLLM's tiered offloading in an engine on a CPU."""
+    return KVTransferConfig(
+        kv_connector="KvpagerOffloadingConnector",
+        kv_connector_module_path="kvpager.integrations.vllm",
+        kv_role="kv_both",
+        kv_connector_extra_config={
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "tests.support.vllm_tiering",
+            **settings,
+        },
+    )
+
+
+def num_held(manager: Any) -> int:
+    """Return how many chunks of the host memory vLLM cannot evict."""
+    primary = manager.primary_tier
+    idle: int = primary._num_evictable_cache_chunks
+    return primary._num_allocated_chunks - len(primary._free_list) - idle
 
 
 class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
@@ -72,7 +95,6 @@ class TieringNode:
         with set_current_vllm_config(SimpleNamespace(model_config=model_config())):
             self.spec = TieringOffloadingSpec(config)
             self.manager = self.spec.get_manager()
-        self.primary = self.manager.primary_tier
         self._rows = np.asarray(self.spec._scheduler_mmap.create_kv_memoryview())
         self._num_requests = 0
 
@@ -129,9 +151,7 @@ class TieringNode:
 
     def held(self) -> int:
         """Return how many chunks of the host memory vLLM cannot evict."""
-        primary = self.primary
-        idle: int = primary._num_evictable_cache_chunks
-        return primary._num_allocated_chunks - len(primary._free_list) - idle
+        return num_held(self.manager)
 
     def close(self) -> None:
         self._rows = self._rows[:0].copy()

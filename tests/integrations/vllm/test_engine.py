@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,37 +13,14 @@ from typing import Any
 import pytest
 
 from tests.support.valkey_servers import valkey
+from tests.support.vllm_runs import ROOT, cached, check, offloaded, run, tokens
 from tests.support.vllm_scenarios import ENVIRONMENT
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make vllm"),
 ]
-BLOCKS = {"llama": 160, "gemma": 400}
-Run = Callable[..., dict[str, Any]]
-
-
-def run(model: Path, *arguments: str, **environment: str) -> dict[str, Any]:
-    result = subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", "-m", "tests.support.vllm_scenarios", str(model)),
-            *("--blocks", str(BLOCKS[model.name]), *arguments),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
-
-
-def offloaded(model: Path, *arguments: str, environment: Any = None, **settings: Any) -> Any:
-    return run(model, "--offload", json.dumps(settings), *arguments, **(environment or {}))
-
-
+MODELS = ("llama", "gemma")
 both = pytest.mark.parametrize("synchronous", [False, True], ids=["offload", "connector"])
 
 
@@ -53,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.vllm_models import save_model
 
     folder = tmp_path_factory.mktemp("models")
-    for name in BLOCKS:
+    for name in MODELS:
         save_model(name, folder)
     return folder
 
@@ -61,26 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(models: Path) -> dict[str, Any]:
     """Return the answers of vLLM without kvpager."""
-    return {name: run(models / name)["answers"] for name in BLOCKS}
-
-
-def tokens(answers: dict[str, Any], name: str) -> list[Any]:
-    return [each["answers"] for each in answers[name]]
-
-
-def cached(found: dict[str, Any], name: str) -> list[Any]:
-    return [each["cached"][0] for each in found["answers"][name]]
-
-
-def check(found: dict[str, Any], alone: dict[str, Any]) -> None:
-    """The tokens are those of vLLM alone, loaded bytes those that were saved, nothing is held."""
-    for name in found["answers"]:
-        assert tokens(found["answers"], name) == tokens(alone, name), name
-    assert found["compared"] > 100
-    assert found["wrong"] == []
-    assert found["device"]["free"] == found["device"]["blocks"] - 1  # all but the null block
-    [host] = found["host"]
-    assert (host["pinned"], host["writing"]) == (0, 0)
+    return {name: run(models / name)["answers"] for name in MODELS}
 
 
 @both
@@ -89,9 +46,9 @@ def test_host_memory_changes_no_token(
 ) -> None:
     found = offloaded(models / "llama", host_memory="128MiB", synchronous=synchronous)
     check(found, alone["llama"])
-    assert cached(found, "cold_warm_reset") == [0, 1024, 1024]
-    assert cached(found, "overflow") == [1024]
-    assert cached(found, "salts") == [0, 0, 576]
+    assert cached(found["answers"], "cold_warm_reset") == [0, 1024, 1024]
+    assert cached(found["answers"], "overflow") == [1024]
+    assert cached(found["answers"], "salts") == [0, 0, 576]
     assert found["preempted"] > 0
 
 
@@ -109,8 +66,8 @@ def test_a_tight_pool_over_a_disk_changes_no_token(
     )
     check(found, alone["llama"])
     assert found["host"][0]["slots"] == 48  # all prompts together have three times as many chunks
-    assert cached(found, "overflow") == [1024]
-    assert cached(found, "salts") == [0, 0, 512]
+    assert cached(found["answers"], "overflow") == [1024]
+    assert cached(found["answers"], "salts") == [0, 0, 512]
 
 
 @both
@@ -126,9 +83,9 @@ def test_sliding_windows_change_no_token(
         synchronous=synchronous,
     )
     check(found, alone["gemma"])
-    assert cached(found, "cold_warm_reset")[2] == 1024
-    assert cached(found, "salts")[:2] == [0, 0]
-    assert cached(found, "salts")[2] >= 512
+    assert cached(found["answers"], "cold_warm_reset")[2] == 1024
+    assert cached(found["answers"], "salts")[:2] == [0, 0]
+    assert cached(found["answers"], "salts")[2] >= 512
 
 
 @pytest.fixture
@@ -165,7 +122,7 @@ def test_another_process_loads_what_one_saved(
             synchronous=kind,
         )
     assert tokens(found["answers"], "prefix_again") == tokens(alone["llama"], "cold_warm_reset")[2:]
-    assert cached(found, "prefix_again") == [1056]  # all of the prompt that fills blocks
+    assert cached(found["answers"], "prefix_again") == [1056]  # all of the prompt that fills blocks
     assert found["compared"] >= 32
     assert found["wrong"] == []
 
@@ -179,7 +136,13 @@ def test_replies_that_are_saved_are_hits(models: Path, alone: dict[str, Any]) ->
         synchronous=True,
     )
     assert tokens(found["answers"], "turns") == tokens(alone["llama"], "turns")
-    assert cached(found, "turns") == [0, 192, 288, 352, 416]  # of 200, 274, 348, 422, 496 tokens
+    assert cached(found["answers"], "turns") == [
+        0,
+        192,
+        288,
+        352,
+        416,
+    ]  # of 200, 274, 348, 422, 496 tokens
 
 
 @both
@@ -196,7 +159,7 @@ def test_an_engine_in_its_own_process_says_the_same(
     )
     for name in found["answers"]:
         assert tokens(found["answers"], name) == tokens(alone["llama"], name)
-    assert cached(found, "cold_warm_reset") == [0, 1024, 1024]
+    assert cached(found["answers"], "cold_warm_reset") == [0, 1024, 1024]
     assert set(os.listdir("/dev/shm")) <= before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,9 +191,12 @@ def test_requests_know_only_what_they_asked(tier: Tier) -> None:
 
 def test_the_memory_can_be_released_after_a_shutdown(tier: Tier, store: DictStore) -> None:
     tier.save(KEYS[:1], [0])
+    rows = weakref.ref(tier.rows)
     tier.tier.shutdown()
     assert store.is_closed
-    tier.view.release()  # as vLLM does; raises if anything still uses it
+    tier.view.release()  # as vLLM does
+    del tier.rows
+    assert rows() is None  # else vLLM's mapping stays
 
 
 # ---------------------------------------------------------------- settings

@@ -106,11 +106,31 @@ def test_missing_vllm_is_named_with_the_way_out() -> None:
     assert "torch" not in result.stderr
 
 
+def test_a_wrong_release_is_one_error_at_the_import() -> None:
+    code = (
+        "from tests.support.vllm_stand_ins import installed\n"
+        "with installed():\n"
+        "    import vllm\n"
+        "    vllm.__version__ = '0.34.1'\n"
+        "    import kvpager.integrations.vllm\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: vllm 0.34.1: kvpager needs another release. Install 'vllm>=0.32,<0.34'."
+    )
+
+
 # ---------------------------------------------------------------- the connector
 
 
 def groups(*specs: Any) -> Any:
     return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=each) for each in specs])
+
+
+def engine(*, enable_prefix_caching: bool = True) -> Any:
+    """Return the configuration of an engine."""
+    cache = SimpleNamespace(enable_prefix_caching=enable_prefix_caching)
+    return SimpleNamespace(kv_transfer_config=SimpleNamespace(), cache_config=cache)
 
 
 class MambaSpec: ...
@@ -124,11 +144,25 @@ def test_a_kind_of_layer_that_cannot_be_kept_is_refused() -> None:
     full = made(interface.FullAttentionSpec)
     nested = made(interface.UniformTypeKVCacheSpecs)
     nested.__dict__["kv_cache_specs"] = {"a": full, "b": MambaSpec()}
-    vllm_config = SimpleNamespace(kv_transfer_config=SimpleNamespace())
     for bad in (MambaSpec(), nested):
         for kind in (connector.KvpagerOffloadingConnector, synchronous.KvpagerConnector):
             with pytest.raises(NotImplementedError, match="layers of vLLM's kind MambaSpec"):
-                kind(vllm_config, None, groups(full, bad))
+                kind(engine(), None, groups(full, bad))
+
+
+def test_a_kind_of_layer_that_only_extends_a_known_one_is_refused() -> None:
+    class RSWASpec(interface.FullAttentionSpec): ...  # type: ignore[misc, name-defined]
+
+    with pytest.raises(NotImplementedError, match="kind RSWASpec"):
+        connector.check_engine(engine(), groups(made(RSWASpec)))
+    connector.check_engine(engine(), groups(made(interface.MLAAttentionSpec)))
+
+
+def test_an_engine_without_a_prefix_cache_is_refused() -> None:
+    full = made(interface.FullAttentionSpec)
+    for kind in (connector.KvpagerOffloadingConnector, synchronous.KvpagerConnector):
+        with pytest.raises(NotImplementedError, match="enable_prefix_caching=False"):
+            kind(engine(enable_prefix_caching=False), None, groups(full))
 
 
 def test_a_spec_without_the_connector_is_refused() -> None:
