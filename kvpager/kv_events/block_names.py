@@ -132,4 +132,4 @@ class VLLMHashes:
 def _labels(namespace: str | None, lora: str | None) -> KeyContext:
     """Return a context for keys that stay within events, which show the tokens as well."""
     secret = b"" if namespace is None else blake2b(namespace.encode(), digest_size=32).digest()
-    return KeyContext("events", "", secret, lora)
+    return KeyContext("events", "any model", secret, lora)
