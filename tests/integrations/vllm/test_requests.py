@@ -61,6 +61,18 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> str
 # ---------------------------------------------------------------- salts and aborts
 
 
+def test_salts_and_aborts_over_a_store(models: Path, alone: dict[str, Any], store: str) -> None:
+    found = offloaded(
+        models / "llama",
+        *("--scenarios", BELOW),
+        host_memory="128MiB",
+        tiers=[store],
+    )
+    check(found, alone, at_least=40)
+    assert cached(found["answers"], "salts_in_stores") == [0, 0, 576]
+    assert cached(found["answers"], "stages") == [0, 1056]
+
+
 def test_salts_and_aborts_over_a_secondary_tier_of_vllm(
     models: Path, alone: dict[str, Any], store: str
 ) -> None:
