@@ -7,6 +7,7 @@ argument "cpu" selects what SGLang needs on a CPU.
 """
 
 import sys
+import time
 
 import sglang
 
@@ -38,6 +39,8 @@ def main(model: str, folder: str, device: str = "") -> None:
     reply = engine.generate(input_ids=PROMPT, sampling_params=settings)
     cached = reply["meta_info"].get("cached_tokens_details") or {}
     print(cached.get("storage", 0), "tokens from stores", reply["output_ids"])
+    while not engine.flush_cache().success:  # SGLang is idle when all pages are saved
+        time.sleep(0.1)
     engine.shutdown()
 
 
