@@ -32,6 +32,7 @@ test: lint checks ## before every commit: lint, types, the tests that are quick
 
 test-all: lint checks slow ## all that CI checks, and `make vllm` if its environment can be made
 	@$(MAKE) --no-print-directory vllm OPTIONAL=1
+	@$(MAKE) --no-print-directory sglang OPTIONAL=1
 
 # mypy keeps one core busy for a minute, and the tests end on one: together they fill both.
 checks: $(STAMP)
