@@ -56,8 +56,8 @@ class Budget:
         block_size: token slots of a block.
         kv_cache_dtype: "int8" or "fp8_e4m3" to store keys and values in eight bits; None keeps
             their dtype.
-        in_place: let attention functions read blocks in place; otherwise every read gathers.
         host_memory: bytes of host memory for sequences that do not fit into the pools.
+        in_place: let attention functions read blocks in place; otherwise every read gathers.
         tier: "host" for the budget of the host memory.
         mode: of the storages, "paged" or "virtual"; see `kvpager.modes`.
 
@@ -69,9 +69,9 @@ class Budget:
         memory: int | str | None,
         block_size: int,
         kv_cache_dtype: KVCacheDtype | None = None,
+        host_memory: int | str | None = None,
         *,
         in_place: bool = True,
-        host_memory: int | str | None = None,
         tier: Tier = "device",
         mode: ModeName = "paged",
     ) -> None:

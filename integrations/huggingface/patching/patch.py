@@ -23,6 +23,7 @@ Details of the arguments of `patch`:
   `"disk:/var/cache/kv?capacity=200GiB"`, or stores, which `Patch.undo()` closes. Before a prompt is
   looked up, the blocks that are not cached are fetched from them. `docs/guides/tiers.md` describes
   it. `costs` bounds the time of a fetch.
+- A second patch of a model raises `KVPagerError`, and so do `tiers` for a model that can have none.
 - `eviction`: a name in `kvpager.blocks.policies.POLICIES`, or a function that returns an
   `EvictionPolicy` for a number of blocks. Every pool gets its own policy. Without `prefix_cache`,
   only the pools of continuous batching cache prompts, so it ranks theirs alone.
@@ -79,8 +80,7 @@ def patch(
         with kvpager.patch(model):
             model.generate(...)             # the same tokens, in less memory
 
-    All ways to generate work as before. `undo()`, or leaving `with`, restores transformers exactly.
-    The docstring of the module has details of the arguments.
+    `undo()`, or leaving `with`, restores transformers exactly. The module describes arguments more.
 
     Args:
         model: the model to patch; None patches every model in the process.
@@ -99,16 +99,12 @@ def patch(
         costs: with `tiers`, how long the model computes prompts; None measures it.
         mode: `"virtual"` maps blocks so that all attention code reads them without a gather.
 
-    Raises: `TypeError`, `ValueError` for invalid arguments; `KVPagerError` if the model is patched
-    already, or can have no `tiers`; errors of opening a store. The model is then as it was.
+    Raises: `TypeError`, `ValueError`, `KVPagerError`; errors of a store. The model is as before.
     """
     settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
     stores = EngineConfig.of(None, settings | {"costs": costs})
-    warn_if_untested()
     dtype = _checked(model, dtype, prefix_cache, namespace, stores)
-    budget = Budget(
-        memory, block_size, kv_cache_dtype, in_place=in_place, host_memory=host_memory, mode=mode
-    )
+    budget = Budget(memory, block_size, kv_cache_dtype, host_memory, in_place=in_place, mode=mode)
     paged = PagedMemory(budget, dtype, eviction, namespace, keep_pools=prefix_cache)
     return _begin(model, paged, stores)
 
@@ -183,6 +179,7 @@ def _checked(
     stores: EngineConfig,
 ) -> torch.dtype | None:
     """Return the dtype. Raise an error if `patch` cannot have these arguments together."""
+    warn_if_untested()
     if model is not None and not _can_generate(model):
         raise no_model(model)
     arguments.flag("prefix_cache", prefix_cache)
