@@ -65,7 +65,7 @@ class VirtualRows:
         self.num_rows, self.num_blocks = num_rows, num_blocks
         self._pool, self._layout, self._dtype = _pool_of(memory), layout, memory.tier.dtype
         self._page_bytes = self._pool.page_bytes
-        self._range = self._new_range()
+        self._range, self._is_detached = self._new_range(), False
         self._begin()
 
     def _new_range(self) -> AddressRange:
@@ -79,7 +79,6 @@ class VirtualRows:
 
     def _begin(self) -> None:
         """Note that nothing is mapped."""
-        self._is_detached = False
         self._mapped: Int32 = np.full((self.num_rows, self.num_blocks), _NONE, np.int32)
         self._last: tuple[bytes, tuple[int, ...], bytes] | None = None  # the call of `follow`
         self._caches: list[LayerCaches] = []
