@@ -76,13 +76,13 @@ matrix: ## the tests on the oldest and newest releases of Python, torch and tran
 
 # OPTIONAL=1: without the environment, as on a machine without a network, the tests are skipped.
 vllm: $(STAMP) ## kvpager's tiers below vLLM itself, on the CPU, in .venv-vllm (1.3 GB, made once)
-	@if $(BIN)/python tests/vllm_environment.py; then \
+	@if $(BIN)/python -m tests.environments.vllm; then \
 	  HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q -n 2 --dist loadfile -o filterwarnings= -o faulthandler_timeout=900 tests/integrations/vllm $(ARGS); \
 	elif [ -n "$(OPTIONAL)" ]; then echo "make vllm: skipped, because its environment cannot be made."; \
 	else exit 1; fi
 
 sglang: $(STAMP) ## kvpager's stores below SGLang itself, on the CPU, in .venv-sglang over .venv-vllm (made once)
-	@if $(BIN)/python tests/sglang_environment.py; then \
+	@if $(BIN)/python -m tests.environments.sglang; then \
 	  HF_HUB_OFFLINE=1 .venv-sglang/bin/python -m pytest -q -o filterwarnings= -o faulthandler_timeout=900 tests/integrations/sglang $(ARGS); \
 	elif [ -n "$(OPTIONAL)" ]; then echo "make sglang: skipped, because its environment cannot be made."; \
 	else exit 1; fi

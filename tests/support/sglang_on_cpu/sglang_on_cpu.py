@@ -2,7 +2,7 @@
 
 SGLang's kernels are published for GPUs only, and its copies between a device and host memory use
 CUDA. This module replaces them by copies of torch, on import, in each process of the environment
-that `tests/sglang_environment.py` makes: SGLang spawns its processes.
+that `tests/environments/sglang.py` makes: SGLang spawns its processes.
 """
 
 from __future__ import annotations

