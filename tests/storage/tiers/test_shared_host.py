@@ -13,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvpager import BlockManager, BlockStorage
 from kvpager.errors import OutOfBlocks
+from kvpager.storage import streams
 from kvpager.storage.keys import KeyContext
 from kvpager.storage.staging import Staging
+from kvpager.storage.tiers.host import HostStore
 from kvpager.storage.tiers.loading import Fetch
 from kvpager.storage.tiers.protocol import Saved
 from kvpager.storage.tiers.tiering import Tiering
@@ -137,6 +139,30 @@ def test_a_prompt_that_left_the_device_is_in_the_host_blocks() -> None:
     assert fetch is not None
     process.check_fetch(fetch)
     assert process.tiering.attach(fetch) == {"host": 12}
+    process.check_bytes(process.manager.allocate(prompt(0)), prompt(0)[:12])
+    process.close()
+
+
+def test_a_save_and_a_hit_copy_each_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(4, 8)
+    copied: list[int] = []
+    real = streams.copy_across
+
+    def counting(source: Any, destination: Any, copies: Any) -> Any:
+        copied.append(len(copies))
+        return real(source, destination, copies)
+
+    monkeypatch.setattr(streams, "copy_across", counting)
+    for name in ("load", "save"):  # which copy to and from the memory of a caller
+        monkeypatch.setattr(HostStore, name, None)
+    evicted(process, 0)
+    assert copied == [3]
+    evicted(process, 1)
+    copied.clear()
+    fetch = process.begin(prompt(0))
+    assert fetch is not None
+    assert process.tiering.attach(fetch) == {"host": 12}
+    assert copied == [3]
     process.check_bytes(process.manager.allocate(prompt(0)), prompt(0)[:12])
     process.close()
 
