@@ -62,13 +62,18 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._make_tier, self._rows, self._lower = make_tier, rows, lower
         self._tier = make_tier()
         self._order = ChunkOrder()
-        self._writing: dict[bytes, int] = {}  # slots that are reserved
+        self._writing: dict[bytes, int] = {}  # reserved slots that vLLM copies to
+        self._fetching: dict[bytes, Chunk] = {}  # and those that threads load to
+        self._fetched = deque[Chunk]()  # by threads, until this thread notes it
         self._waiting: dict[str, _Request] = {}  # lacked chunks in this step
         self._num_requests = 0
         self._changes = deque[tuple[bool, list[bytes]]]() if events else None
 
     def lookup(self, key: Any, req_context: ReqContext) -> LookupResult:
-        is_written = key in self._writing  # first: a fetch may end between the two
+        while self._fetched:
+            self._note_end(self._fetched.popleft())
+        # Before `has`: a fetch may end between the two.
+        is_written = key in self._writing or key in self._fetching
         is_here = self._tier.has(key)
         if self._lower is not None and _allows_stores(req_context):
             return self._look_below(key, req_context, is_here, is_written)
@@ -115,18 +120,22 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         pairs = [pair for pair in zip(looked_up, slots.tolist(), strict=True) if pair[1] >= 0]
         chunks = [Chunk(key, slot, wanted[key]) for key, slot in pairs if key in wanted]
         self._tier.abandon([slot for key, slot in pairs if key not in wanted])  # it left
-        self._writing |= {chunk.key: chunk.slot for chunk in chunks}
+        self._fetching |= {chunk.key: chunk for chunk in chunks}
         request.sources |= {chunk.key: lower.stores[chunk.store].name for chunk in chunks}
         if chunks:
-            lower.fetch(chunks, partial(self._fetched, chunks))
+            lower.fetch(chunks, partial(self._end_fetch, chunks))
 
-    def _fetched(self, chunks: list[Chunk], arrived: set[bytes]) -> None:
+    def _end_fetch(self, chunks: list[Chunk], arrived: set[bytes]) -> None:
         """Publish the chunks of a fetch that came. A thread calls this."""
         self._tier.publish([chunk.slot for chunk in chunks if chunk.key in arrived])
         self._tier.abandon([chunk.slot for chunk in chunks if chunk.key not in arrived])
-        for chunk in chunks:
-            del self._writing[chunk.key]
+        self._fetched += chunks
         self._tell(False, arrived)
+
+    def _note_end(self, chunk: Chunk) -> None:
+        # Meanwhile the chunk may have left again, and be fetched again.
+        if self._fetching.get(chunk.key) is chunk:
+            del self._fetching[chunk.key]
 
     def get_load_source(self, key: Any, req_context: ReqContext) -> CacheHitSource:
         source = self._request(req_context).sources.get(key)
@@ -243,6 +252,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
             self._lower.drain()
         self._tier = self._make_tier()
         self._writing.clear()
+        self._fetching.clear()
 
     def shutdown(self) -> None:
         if self._lower is not None:
