@@ -31,6 +31,7 @@ NOT_TESTED = {
     ("docs/testing.md", "takes hours"): 1,
     ("docs/testing.md", "takes minutes"): 2,
     ("docs/vllm.md", "needs vLLM"): 3,
+    ("docs/vllm.md", "needs vLLM on a GPU"): 2,
 }
 
 

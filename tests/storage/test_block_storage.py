@@ -135,8 +135,9 @@ def test_unknown_blocks_and_other_shapes_are_not_copied() -> None:
         BlockStorage(6, 4, [(2, 8, 4)], dtype=torch.float32),
         BlockStorage(6, 8, [(2, 8, 8)], dtype=torch.float32),
         BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.bfloat16),
+        BlockStorage(6, 4, [(2, 8, 8)], dtype=torch.float32, mode="reserved"),
     ):
-        with pytest.raises(ValueError, match="expected the layers, dtypes and block size"):
+        with pytest.raises(ValueError, match="expected the layers, dtypes, block size and mode"):
             here.copy_from(other, pairs)
     smaller = BlockStorage(2, 4, [(2, 8, 8)], dtype=torch.float32)
     for wrong in ([[2, 0]], [[0, 6]], [[-1, 0]], [[0, -1]]):

@@ -114,7 +114,7 @@ def store_stats(engine: Engine) -> StoreStats:
 
 def keys_of(engine: Engine, number: int = 0) -> list[bytes]:
     """Return the content keys of a prompt without a namespace."""
-    context = tiering_of(engine)._context_of(None, None)
+    context = tiering_of(engine).context_of(None, None)
     return content_keys(prompt(number), engine.config.block_size, context)
 
 

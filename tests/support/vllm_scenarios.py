@@ -202,7 +202,7 @@ class Driver:
         return answers
 
     def other_prefix(self) -> list[dict[str, Any]]:
-        answers = [self.ask([tokens(11, 800)])]
+        answers = [self.ask([tokens(11, 805)])]
         self.settle()
         return answers
 

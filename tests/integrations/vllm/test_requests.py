@@ -1,4 +1,4 @@
-"""vLLM itself over kvpager's stores: salts, adapters, aborts, models that are refused."""
+"""vLLM itself over kvpager's stores: salts, adapters, aborts, several engines, other models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.valkey_servers import Server, valkey
-from tests.support.vllm_runs import cached, check, offloaded, refused, run, tokens
+from tests.support.vllm_runs import Served, cached, check, offloaded, refused, run, tokens
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(models: Path) -> dict[str, Any]:
     """Return the answers of vLLM without kvpager."""
-    names = f"{BELOW},cold_warm_reset"
+    names = f"{BELOW},cold_warm_reset,other_prefix"
     answers: dict[str, Any] = run(models / "llama", "--scenarios", names)["answers"]
     return answers
 
@@ -132,3 +132,41 @@ def test_a_model_that_cannot_be_served_is_one_error_at_the_start(
     named = [line for line in errors.splitlines() if "NotImplementedError: " in line]
     assert message in named[0]
     assert len(set(named)) == 1
+
+
+# ---------------------------------------------------------------- several engines
+
+
+def test_two_engines_share_a_server_at_once(
+    models: Path, alone: dict[str, Any], server: Server, tmp_path: Path
+) -> None:
+    """Each loads what the other saved, though Python hashes differ in them."""
+    server.ask(b"FLUSHALL")
+    settings = json.dumps({"host_memory": "128MiB", "tiers": [server.url]})
+    files = [tmp_path / name for name in ("one", "other")]
+    one, other = engines = [
+        Served(
+            models / "llama",
+            *("--offload", settings, "--digests", str(file)),
+            PYTHONHASHSEED=str(seed),
+        )
+        for seed, file in enumerate(files)
+    ]
+    try:
+        first = one.ask("cold_warm_reset")
+        again = other.ask("prefix_again")
+        assert cached(again, "prefix_again") == [1056]
+        assert tokens(again, "prefix_again") == tokens(first, "cold_warm_reset")[2:]
+        assert cached(other.ask("other_prefix"), "other_prefix") == [0]
+        back = one.ask("other_prefix")
+        assert cached(back, "other_prefix") == [800]
+        assert tokens(back, "other_prefix") == tokens(alone, "other_prefix")
+        found = [engine.end() for engine in engines]
+    finally:
+        for engine in engines:
+            engine.kill()
+    saved = [json.loads(file.read_text()) for file in files]
+    for each, theirs in zip(found, reversed(saved), strict=True):
+        assert len(each["wrong"]) >= 24  # blocks that the other saved
+        assert all(theirs[name] == digest for name, digest in each["wrong"])
+        assert (each["host"][0]["pinned"], each["host"][0]["writing"]) == (0, 0)
