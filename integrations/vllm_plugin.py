@@ -1,6 +1,7 @@
-"""vLLM's entry point for kvpager's attention: it does nothing unless the user asks for it.
+"""vLLM's entry point for kvpager's attention. It does nothing unless the user asks for it.
 
-It stands outside `integrations/vllm`, because vLLM imports it in every process of every engine.
+vLLM imports this module in every process of every engine. So it stands outside of
+`integrations/vllm`, and imports nothing of it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ BACKEND = "kvpager.integrations.vllm.attention.KvpagerAttentionBackend"
 
 
 def choice() -> str:
-    """Return the user's choice: `0` (vLLM's attention), `1` (kvpager's where it was measured to be
-    faster) or `always` (wherever it runs). O(1).
+    """Return the user's choice: `0`, `1` or `always`. O(1).
 
-    Raises: `ValueError` for another value of `KVPAGER_VLLM_ATTENTION`.
+    `0` keeps vLLM's attention. `1` takes kvpager's where it was measured to be faster, `always`
+    wherever it runs. Raises: `ValueError` for another value of `KVPAGER_VLLM_ATTENTION`.
     """
     value = os.environ.get(VARIABLE) or "0"
     if value not in ("0", "1", "always"):

@@ -25,7 +25,7 @@ from kvpager.storage.tiers.urls import are_private, bare_url, open_stores
 
 logger = logging.getLogger("kvpager")
 
-_FETCH_S, _SAVE_S = 5.0, 30.0  # of one call, which is of at most 128 pages
+_FETCH_S, _SAVE_S = 5.0, 30.0  # of one call, for up to 128 pages
 
 
 class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
@@ -107,7 +107,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
     def _in_batches(
         self, move: Any, keys: list[str], host_indices: torch.Tensor, deadline: float
     ) -> list[bool]:
-        """Move pages, and return which of them were moved."""
+        """Move pages in batches. Returns True for each page that was moved."""
         pages, moved = self._pages, list[bool]()
         size = len(host_indices) // max(len(keys), 1)  # tokens of a page
         for start in range(0, len(keys), pages.batch):
@@ -119,7 +119,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
 
     def _load(self, names: list[bytes], parts: list[Bytes], deadline: float) -> Any:
         arrived = np.zeros(len(names), bool)
-        # A copy only if the part is in pieces.
+        # A part in pieces is loaded into a copy.
         buffers = [
             part if part.flags.c_contiguous else np.empty_like(part, order="C") for part in parts
         ]

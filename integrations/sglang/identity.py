@@ -25,7 +25,7 @@ def page_layout(
 ) -> BlockLayout:
     """Name the layout of a page of this rank. O(1), O(bytes of the model) without `model_id`.
 
-    `model` are SGLang's settings of the model. Raises: `ValueError` if the model is not a local
+    `model` has SGLang's settings of the model. Raises: `ValueError` if the model is not a local
     directory and has no `model_id`.
     """
     told = [str(getattr(model, name)) for name in _SETTINGS]
@@ -51,7 +51,10 @@ def rank_name(config: HiCacheStorageConfig) -> str:
 
 
 def store_keys(layout: BlockLayout, num_parts: int) -> Callable[[list[str]], list[bytes]]:
-    """Return the function that maps SGLang's keys of pages to the keys of their parts."""
+    """Return the function that maps SGLang's keys of pages to the keys of their parts.
+
+    The function takes O(pages * parts).
+    """
     fingerprint, parts = layout.fingerprint, [bytes([part]) for part in range(num_parts)]
 
     def keys_of(pages: list[str]) -> list[bytes]:

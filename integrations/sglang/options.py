@@ -1,4 +1,4 @@
-"""The settings of a user: `offload`, or the same as flags of `sglang serve`."""
+"""The settings of a user: from `offload`, or from the flags of SGLang's server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOADED = {
     "class_name": "KvpagerHiCache",
     "interface_v1": 1,  # pages by their place in host memory, not as tensors of their own
 }
-# SGLang's own settings in the same JSON. It removes the first ones before kvpager sees them.
+# SGLang's own settings in the same JSON. SGLang removes `_PREFETCH` before kvpager sees them.
 _PREFETCH = ("prefetch_threshold", "prefetch_timeout_base", "prefetch_timeout_per_ki_token")
 _IGNORED = ("allocator", "file_storage_path", "hicache_storage_pass_prefix_keys", "tp_lcm_size")
 

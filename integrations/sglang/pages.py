@@ -24,11 +24,14 @@ class HostPages:
         num_parts: blocks of a page.
         part_bytes: bytes of a block.
         batch: pages to move at a time, so that copies take at most 64 MiB.
-        text: what the bytes of a page mean.
+        text: describes the bytes of a page, for the keys.
     """
 
     def __init__(self, pool: Any) -> None:
-        """Look at the first page of a pool of SGLang. Raises: `NotImplementedError`."""
+        """Read the layout from the first page of SGLang's pool.
+
+        Raises: `NotImplementedError` for a layout, or a draft model, that kvpager cannot keep.
+        """
         self._pool, self._page_size = pool, pool.page_size
         try:
             tensor = pool.get_data_page(0, flat=False)
@@ -57,7 +60,7 @@ class HostPages:
         )
 
     def parts(self, host_indices: torch.Tensor) -> list[Bytes]:
-        """Return the parts of pages whose tokens have these indices, in order. O(pages)."""
+        """Return the parts of the pages of tokens, given by their host indices. O(pages)."""
         firsts = host_indices[:: self._page_size].tolist()
         return [part for first in firsts for part in self._parts(first)]
 

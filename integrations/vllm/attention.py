@@ -50,6 +50,8 @@ _FASTER = {("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16)}
 def page_caches(pages: Tensor) -> LayerCaches:
     """Return kvpager's view of pages [blocks, kv_heads, block_size, 2 * head_dim]. O(1).
 
+    Keys and values are [blocks, block_size, kv_heads, head_dim], and share the memory of `pages`.
+
     Raises: `ValueError` if the elements of a page are not contiguous.
     """
     blocks, kv_heads, block_size, width = pages.shape
@@ -87,7 +89,10 @@ def reason_for_vllm(dtype: torch.dtype) -> str | None:
 
 
 class KvpagerAttentionBackend(CPUAttentionBackend):  # type: ignore[misc]
-    """vLLM's CPU backend with other code for decoder layers. vLLM looks its name up: CPU_ATTN."""
+    """vLLM's CPU backend, with kvpager's kernels for decoder layers.
+
+    It keeps the name CPU_ATTN, which vLLM looks up.
+    """
 
     @staticmethod
     def get_impl_cls() -> type[KvpagerAttentionImpl]:

@@ -21,8 +21,8 @@ from kvpager.storage.tiers.eviction_order import NO_KEY, EvictionOrder
 class LifetimePolicy(CachePolicy):  # type: ignore[misc]
     """Chunks in an `EvictionOrder`, by the numbers that vLLM gives them.
 
-    vLLM calls for one chunk at a time, and in any order. So chunks that can be evicted from now on
-    are queued together, before the next eviction or the end of a request.
+    vLLM reports one chunk at a time, in any order. So the policy queues all chunks that became
+    evictable together: before the next use or eviction, and at the end of a request.
     """
 
     EVICTION: ClassVar[str] = "lifetime"
@@ -122,7 +122,7 @@ class LifetimePolicy(CachePolicy):  # type: ignore[misc]
         self._order.rest(idle)
 
     def _queue_waiting(self) -> None:
-        """Queue what can be evicted from now on; of a prompt, the last chunk leaves first."""
+        """Queue chunks that became evictable. The last chunk of a prompt leaves first."""
         depths, waiting = self._depths, [*self._waiting]
         self._waiting.clear()
         new = sorted((key for key in waiting if key in depths), key=depths.__getitem__)

@@ -1,4 +1,4 @@
-"""Where the chunks of a prompt are: vLLM tells positions, not which chunk continues which."""
+"""The order of a prompt's chunks. vLLM tells their positions, not which chunk continues which."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Ancestry(NamedTuple):
 
     Attributes:
         depths: for each key, how many chunks of its group come before it.
-        parents: for each key, the one right before it, or None.
+        parents: for each key, the key of the chunk right before it, or None.
     """
 
     depths: list[int]
@@ -29,8 +29,8 @@ class Ancestry(NamedTuple):
 class ChunkOrder:
     """Depths and parents of chunks.
 
-    A position is the number of tokens up to the end of a chunk. So it is a multiple of the group's
-    tokens in a chunk, and the first chunk shows that number.
+    The position of a chunk is the number of tokens up to its end. So it is a multiple of the tokens
+    per chunk of its group. The greatest common divisor of the positions seen is that number.
     """
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ class ChunkOrder:
     def ancestry(self, keys: Iterable[bytes], req_context: ReqContext, seen: Seen) -> Ancestry:
         """Return where `keys` are, and add them to `seen`, the keys of the request. O(keys).
 
-        A group with a window may skip chunks. A chunk after a gap has no parent, and so has a chunk
-        whose predecessor was not seen.
+        A group with a window may skip chunks. A chunk has no parent if it follows a gap,
+        or if its predecessor was not seen.
         """
         depths, parents = list[int](), list[bytes | None]()
         for key in keys:
@@ -56,5 +56,5 @@ class ChunkOrder:
 
 
 def in_order(keys: Iterable[bytes], req_context: ReqContext) -> list[bytes]:
-    """Return keys from the front of the prompt. O(keys log keys)."""
+    """Return keys in the order of the prompt, first to last. O(keys log keys)."""
     return sorted(keys, key=lambda key: position(req_context, key))

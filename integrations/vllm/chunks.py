@@ -1,4 +1,4 @@
-"""How the blocks of a request form chunks: their keys, and what its layers still read."""
+"""The chunks of a request: their blocks, their keys, and which of them its layers still read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ChunkGroup(NamedTuple):
         number: the number of the group.
         block_tokens: tokens of a block.
         blocks: blocks of a chunk.
-        hashes: vLLM's hashes for a chunk. The last one names it.
-        reach: how many tokens before the next one its layers read; None for all.
+        hashes: number of vLLM's hashes for a chunk. The last hash names the chunk.
+        reach: how many tokens before the next token its layers read; None for all.
     """
 
     number: int
@@ -50,7 +50,10 @@ class ChunkGroup(NamedTuple):
 
 
 def chunk_groups(config: OffloadingConfig, kv_cache_config: Any) -> tuple[ChunkGroup, ...]:
-    """Return all groups of the model. Raises: `NotImplementedError` for one that is not served."""
+    """Return all groups of the model. O(groups).
+
+    Raises: `NotImplementedError` for a group that `KvpagerConnector` does not serve.
+    """
     known = kv_cache_config.kv_cache_groups
     if len(config.groups) < len(known) or any(group.is_eagle_group for group in known):
         raise NotImplementedError(
@@ -90,8 +93,8 @@ class RequestChunks:
 
     Attributes:
         request: vLLM's request.
-        context: the request, for the manager.
-        keys: for each group the keys of its chunks, as far as they were needed.
+        context: vLLM's context of the request, for the manager.
+        keys: for each group the keys of its leading chunks, as far as they were needed.
         num_offered: for each group, how many leading chunks were offered to host memory.
         start: the tokens that the device's own cache had when the request was looked up.
     """
@@ -151,7 +154,10 @@ class RequestChunks:
 
 
 def _piece(group: ChunkGroup, number: int, held: Sequence[int]) -> Piece:
-    """Return the blocks of a chunk that are in the window, or none if a reader may need others."""
+    """Return the blocks of a chunk that are in the window.
+
+    Returns none if a reader may need blocks that left the window.
+    """
     first = number * group.blocks
     blocks = list(held[first : first + group.blocks])
     num_gone = blocks.count(_NULL_BLOCK)

@@ -30,8 +30,8 @@ class KvpagerOffloadingConnector(OffloadingConnector):  # type: ignore[misc]
 def check_engine(vllm_config: Any, kv_cache_config: Any) -> None:
     """Check that kvpager can serve an engine. O(layers).
 
-    Raises: `NotImplementedError` for a kind of layer that it cannot, and for an engine without a
-    prefix cache, such as one with latent attention on a CPU.
+    Raises: `NotImplementedError` for an unknown kind of layer, and for an engine without a prefix
+    cache, such as one with latent attention on a CPU.
     """
     for group in kv_cache_config.kv_cache_groups:
         _check_group(group.kv_cache_spec)

@@ -57,7 +57,10 @@ class LowerTiers:
 
     @property
     def save_room(self) -> int:
-        """The number of further chunks to save, so that at most a quarter are. O(transfers)."""
+        """The number of further chunks that may be saved now. O(transfers).
+
+        At most a quarter of all rows is being saved at a time.
+        """
         self._saves = {each: count for each, count in self._saves.items() if not each.done()}
         most = max(int(len(self._rows) * _SAVING_MAX), 1)
         return max(most - sum(self._saves.values()), 0)

@@ -25,7 +25,8 @@ from kvpager.integrations.vllm.worker import Slots
 from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier, KeySlot
 
 _IDLE_S = 0.005
-_HIT, _MISS = LookupResult.HIT, LookupResult.MISS  # looked up once: it takes longer than `lookup`
+# Reading a member of an enum takes longer than the rest of `lookup`.
+_HIT, _MISS = LookupResult.HIT, LookupResult.MISS
 _SOURCES = {"disk": CacheHitSource.DISK}
 
 
@@ -36,7 +37,7 @@ class _Request:
         self.tier = tier
         self.used: dict[bytes, None] = {}  # stored or loaded
         self.loading = deque[list[int]]()  # the pinned slots of each load
-        self.seen: Seen = {}  # the same by position
+        self.seen: Seen = {}  # keys by group and position
         self.places = Places()
         self.sources: dict[bytes, str] = {}  # the name of the store that a chunk came from
         self.looked_up: list[bytes] = []  # in this step, in host memory or in a store
@@ -206,7 +207,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         return self._pinned(keys)
 
     def save(self, pairs: Sequence[KeySlot]) -> None:
-        """Offer chunks of `publish` to the stores below, and let go of the others.
+        """Pass chunks of `publish` on to the stores below, and unpin those without room.
 
         At most a quarter of all slots is being saved at a time.
         """

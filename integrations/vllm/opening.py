@@ -21,7 +21,7 @@ logger = logging.getLogger("kvpager")
 def current_model_config() -> Any:
     """Return the configuration of the model whose engine is being made. O(1).
 
-    Raises: `ValueError` if vLLM's own connector is making it, which does not tell.
+    Raises: `ValueError` in vLLM's own connector, which does not tell the configuration.
     """
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:

@@ -1,4 +1,4 @@
-"""Where the chunks of a request are, as far as the stores below have answered."""
+"""Which store has each chunk of a request, as far as the stores below have answered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Places:
 
     def __init__(self) -> None:
         self._stores: dict[bytes, int] = {}
-        self._unknown: list[tuple[int, bytes]] = []  # not asked for yet: position in the prompt
+        self._unknown: list[tuple[int, bytes]] = []  # not asked for yet, with positions
 
     def look(self, key: bytes, req_context: ReqContext) -> int:
         """Return the number of the store that has a chunk, `ABSENT`, or `ASKED`. O(1).
@@ -39,9 +39,10 @@ class Places:
             lower.locate(keys, self._stores.update, absent=ABSENT, is_prefix=is_prefix)
 
     def use_up(self, keys: Iterable[bytes]) -> dict[bytes, int]:
-        """Return the stores of those keys that stores have, and let them be absent. O(keys).
+        """Return the store of each key that a store has, and mark these keys absent. O(keys).
 
-        So a chunk is loaded once: if it leaves again, or does not come, vLLM computes it.
+        So a request loads a chunk once. If the chunk leaves again, or is not loaded, vLLM computes
+        it.
         """
         found = {key: self._stores.get(key, ABSENT) for key in keys}
         found = {key: place for key, place in found.items() if place >= 0}
@@ -50,6 +51,6 @@ class Places:
 
 
 def position(req_context: ReqContext, key: bytes) -> int:
-    """Return the position of a chunk in its prompt, as far as vLLM said. O(1)."""
+    """Return the tokens of the prompt up to the end of a chunk; 0 if vLLM did not tell. O(1)."""
     said: int | None = req_context.get_offload_key_position(key)
     return said or 0

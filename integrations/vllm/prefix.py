@@ -13,7 +13,7 @@ LookUp = Callable[[Any], LookupResult]
 
 
 class _Found(NamedTuple):
-    """Where a prefix of one group ends; `waits` if a store must answer first."""
+    """Where a prefix of one group ends. `waits` is True if a store must answer first."""
 
     end: int
     waits: bool
@@ -28,8 +28,8 @@ def find_prefix(
 ) -> int | None:
     """Return the end of the longest prefix that can be loaded, in tokens. O(chunks).
 
-    It ends at a chunk of every group, at most at `most`, and is `start` if nothing can be loaded.
-    None while stores are asked: ask again later.
+    The prefix ends with a chunk of every group, at most at `most`. Returns `start` if nothing can
+    be loaded, and None while stores are asked: call again later.
     """
     step = math.lcm(*(group.tokens for group in groups))
     end, waits = most // step * step, False
@@ -66,7 +66,7 @@ def _leading(
 def _last_window(
     group: ChunkGroup, keys: Sequence[Any], look_up: LookUp, start: int, end: int, step: int
 ) -> _Found:
-    """Search from the end for a window whose chunks are all there."""
+    """Find the last window whose chunks can all be loaded."""
     first, every = start // group.tokens, step // group.tokens
     stop = min(end // group.tokens, len(keys)) // every * every
     unknown = coming = False

@@ -26,13 +26,13 @@ from kvpager.integrations.vllm.opening import current_model_config, open_lower_t
 from kvpager.integrations.vllm.places import ABSENT, ASKED, Places, position
 from kvpager.storage.tiers.urls import checked_tiers
 
-_STORE = 0  # there is one
+_STORE = 0  # the number of the only store
 
 
 class KvpagerSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
     """Moves chunks between vLLM's host memory and a store. vLLM decides which, and when.
 
-    A row of the host memory is as vLLM's workers wrote it. Threads ask, read and write the store;
+    A row of the host memory holds what vLLM's workers wrote. Threads ask, read and write the store;
     only `drain_jobs` and `shutdown` wait for them.
     """
 

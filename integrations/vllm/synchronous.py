@@ -1,8 +1,8 @@
-"""A KV connector for vLLM that copies within the step: nothing is under way between two steps.
+"""A KV connector for vLLM that copies within the step: no copy is under way between two steps.
 
 schedule ── find prefix ── plan loads ── plan saves, offer their keys ──▶ Transfers
 worker   ── load ── forward pass ── save ──▶ Done
-scheduler ◀─ let go of the rows, give new chunks to the stores below
+scheduler ◀─ unpin the rows, pass new chunks on to the stores below
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Transfers(KVConnectorMetadata):  # type: ignore[misc]
     """The copies of one step, for the workers: rows and blocks of the device.
 
     Attributes:
-        step: a number that no other step has.
+        step: the number of the step.
         loads: copies before the forward pass.
         saves: copies after it.
     """
@@ -53,12 +53,12 @@ class Transfers(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class Done(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """All copies of a step have ended."""
+    """A worker's report that its copies of a step have ended."""
 
     step: int
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Return this: vLLM waits for all workers of a step."""
+        """Return this report: vLLM waits for all workers of a step, so one report is enough."""
         return self
 
 
@@ -73,8 +73,8 @@ class _Rows:
 class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Loads before the forward pass, and saves after it, with the parts of the offloading spec.
 
-    A chunk is a hit from the step on that computes it. On a GPU, copies run in order on the current
-    stream.
+    When a step is planned, the chunks that it computes become hits for later steps. On a GPU,
+    copies run in order on the current stream.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -196,7 +196,7 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         yield from self._events.take_events(self._manager.take_events())
 
     def reset_cache(self) -> bool:
-        """Forget all chunks in host memory. False, without effect, while a step copies rows."""
+        """Forget all chunks in host memory. Returns False, without effect, during copies."""
         if self._running:
             return False
         self._manager.reset_cache()

@@ -8,9 +8,9 @@
 //   weights                  online softmax, lane by lane: nothing to do across lanes
 //   sums    [query][dim]     sums over tokens: one weight times a vector of a value
 //
-// Both products are matrix products in registers, after Goto & van de Geijn (2008), "Anatomy of
-// High-Performance Matrix Multiplication". Only queries are transposed, once per task: keys and
-// values are read where they are, unless they have to be converted to floats.
+// Both products keep a block of results in registers, after Goto & van de Geijn (2008), "Anatomy of
+// High-Performance Matrix Multiplication". Only queries are transposed, once per task. Keys and
+// values are read where they are, unless they must be converted to floats.
 
 #pragma once
 
@@ -22,7 +22,7 @@ namespace attention {
 constexpr int PREFILL_TILE = 64;
 // Query vectors per task: their queries and sums stay in the L2 cache.
 constexpr int64_t PREFILL_QUERIES = 120, PREFILL_ELEMENTS = 120 * 128;
-// For fewer query vectors per kv head, reading memory in order matters more.
+// Rows with fewer query vectors per kv head stay with `attention.h`, which reads memory in order.
 constexpr int64_t PREFILL_LEAST = LANES == 16 ? 48 : 24;
 constexpr int PREFILL_KEYS = LANES == 16 ? 8 : 4;  // keys of a block of scores
 

@@ -239,7 +239,7 @@ class Accounts:
         return self._unmet - (pool.num_free + pool.num_evictable - fewer)
 
     def unmet_beside(self, number: int, held: Counts) -> int:
-        """Return the unmet blocks of all other floors if accounts held `held`. O(accounts)."""
+        """Return what all other floors lack if accounts hold `held` blocks. O(accounts)."""
         others = (each for each in self._accounts.items() if each[0] != number)
         return sum(max(account.quota.floor - held.get(key, 0), 0) for key, account in others)
 

@@ -71,7 +71,7 @@ class BlockPool:
         self.num_dropped_dirty = 0  # evicted blocks that no store had
         # Blocks that became idle since a reader set this to []; None if the reader must rank all.
         self.idled: list[Index] | None = None
-        # Blocks that ceased to be idle, as long as there is `idled`; None if they are too many.
+        # Blocks that ceased to be idle since then; None if the reader must look at all.
         self.left: list[Index] | None = None
         self.num_evictable = 0
         self.num_kept = 0  # in no table, but held

@@ -145,8 +145,8 @@ class Queries:
     ) -> Withheld:
         """Return the blocks that a sequence cannot get. O(1), O(tokens + blocks) with pins.
 
-        The sequence shares the pinned blocks of `prompt`, unless layers have a window. None: it
-        has no token ids.
+        The sequence shares the pinned blocks of `prompt`, unless layers have a window. With
+        None, it shares none.
         """
         state = self._state
         with state.lock:

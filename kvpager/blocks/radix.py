@@ -20,7 +20,7 @@ TreeKey = tuple[str | None, str | None] | tuple[str | None, str | None, int]
 
 
 class Place(NamedTuple):
-    """Where a block of a group with a window is in its prompt: the index itself does not need it.
+    """Where a block of a group with a window is in its prompt. Only events need it.
 
     Attributes:
         position: blocks before it.

@@ -43,9 +43,8 @@ class Upcoming:
         """Return the first `count` wanted blocks, by rank, int32 [n].
 
         O(count + blocks that left or came), O(ahead) if blocks became idle. A block that is not
-        wanted is looked at once. All are ranked after each `ahead` / 4 blocks that left, were used
-        again or pinned, in O(blocks). `wanted` may be True for idle blocks
-        only.
+        wanted is looked at once. After each `ahead` / 4 blocks that left, were used again or were
+        pinned, all are ranked in O(blocks). `wanted` may be True for idle blocks only.
         """
         self._follow(ahead, wanted)
         found, at, end = NO_BLOCKS, self._seen, self._end()
@@ -80,7 +79,7 @@ class Upcoming:
             self._rank_all()
 
     def _mark(self) -> None:
-        """Look which ranked blocks are idle. O(blocks)."""
+        """Find which ranked blocks are idle. O(blocks)."""
         self._is_ranked = np.zeros(self._state.pool.num_blocks, np.bool_)
         self._is_ranked[self._blocks] = True
         self._is_here = np.zeros_like(self._is_ranked)
@@ -88,7 +87,7 @@ class Upcoming:
         self._num_here = int(np.count_nonzero(self._is_here))
 
     def _look_again(self, changed: Index) -> None:
-        """Look which ranked blocks of `changed` are idle now. O(changed)."""
+        """Update which ranked blocks of `changed` are idle. O(changed log changed)."""
         ours = np.unique(changed[self._is_ranked[changed]])
         self._num_here -= int(np.count_nonzero(self._is_here[ours]))
         self._is_here[ours] = now = self._are_idle(ours)

@@ -33,9 +33,9 @@ def hash_cbor(value: Value) -> bytes:
 
 
 def first_seed() -> str:
-    """Return the text whose hash precedes the first block, as vLLM in this environment does. O(1).
+    """Return the text whose hash is the parent of each first block, by vLLM's rule. O(1).
 
-    Since vLLM 0.32 it is fixed, unless PYTHONHASHSEED is set.
+    Since vLLM 0.32 the text is fixed, unless PYTHONHASHSEED is set.
     """
     return os.environ.get("PYTHONHASHSEED", _SEED)
 

@@ -46,7 +46,7 @@ class BlockNames(Protocol):
         ...
 
     def before(self, block: Block) -> bytes | None:
-        """Return the name of the block before one whose group has a window; None if unknown."""
+        """Return the name before `block`, whose group has a window; None if unknown. O(1)."""
         ...
 
 
@@ -86,7 +86,7 @@ class VLLMHashes:
     """The block hashes of vLLM's prefix cache, by its `--prefix-caching-hash-algo`.
 
     A namespace counts as vLLM's `cache_salt`. vLLM also hashes the path of a LoRA adapter:
-    `lora_paths` has it by name; by default it is the name.
+    `lora_paths` maps names to paths; by default, the path is the name.
 
     A hash covers the hash before it. A block whose group has a window may outlive the block before
     it, so `num_remembered` hashes of such blocks are kept by the digests of their tokens.
@@ -130,6 +130,9 @@ class VLLMHashes:
 
 
 def _labels(namespace: str | None, lora: str | None) -> KeyContext:
-    """Return a context for keys that stay within events, which show the tokens as well."""
+    """Return a context for keys that only events use.
+
+    It keeps namespaces apart. It hides nothing, because events show the tokens.
+    """
     secret = b"" if namespace is None else blake2b(namespace.encode(), digest_size=32).digest()
     return KeyContext("events", "any model", secret, lora)

@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("kvpager")
 
-_LINGER_MS = 500  # how long `close` waits until routers have the last batch
+_LINGER_MS = 500  # how long `close` waits at most for routers to receive the last batch
 
 
 class Publisher:
@@ -103,7 +103,7 @@ class Publisher:
         self.replay_endpoint: str | None = None
         if settings.replay_endpoint is not None:
             self._replay = self._socket(zmq.ROUTER, settings.replay_endpoint)
-            self._replay.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a full queue is an error, no loss
+            self._replay.setsockopt(zmq.ROUTER_MANDATORY, 1)  # raise if a queue is full
             self.replay_endpoint = _bind(self._replay, "replay_endpoint", settings.replay_endpoint)
 
     def _socket(self, kind: int, address: str) -> Any:
@@ -113,9 +113,10 @@ class Publisher:
         return socket
 
     def close(self) -> None:
-        """Clear what routers know and end the thread. Idempotent. Does nothing in a fork.
+        """Tell routers that no block is cached, and end the thread. Idempotent.
 
-        Takes at most `interval_s`, and half a second for routers that are slow.
+        Does nothing in a forked process. Takes at most `interval_s`, and half a second for slow
+        routers.
         """
         if os.getpid() == self._process_id:
             self._ending.set()
@@ -136,7 +137,7 @@ class Publisher:
             while not self._ending.is_set():
                 self._send_news()
                 self._wait()
-            self._send(self._translator.restart(()))  # their removal would go unreported
+            self._send(self._translator.restart(()))  # later removals go unreported
         except Exception as error:
             self.error = error
             logger.exception("no more KV events are published")
@@ -218,7 +219,7 @@ class SentBatches:
         return number
 
     def has(self, number: int) -> bool:
-        """Return True if all batches from `number` on are kept; also if it is the next. O(1)."""
+        """Return True if all batches from `number` on are kept, or it is the next number. O(1)."""
         return self.next_number - len(self._batches) <= number <= self.next_number
 
     def since(self, number: int) -> Iterator[tuple[int, bytes]]:
@@ -227,7 +228,7 @@ class SentBatches:
 
 
 def names_of(settings: KVEvents, manager: BlockManager) -> BlockNames:
-    """Return what names the blocks of a manager as the settings say. O(1)."""
+    """Return the names for the blocks of a manager that the settings choose. O(1)."""
     if settings.block_hashes == "kvpager":
         return ContentNames(manager.block_size, windows=manager.windows)
     return VLLMHashes(settings.block_hashes, settings.lora_paths, 4 * manager.num_blocks)

@@ -37,7 +37,7 @@ class KVEvents:
         any_host: allow addresses that other machines reach. Events hold the tokens of all prompts,
             and are not encrypted.
         interval_s: seconds between two batches, at most 1.
-        queue_size: most batches that wait for a router. A slower router misses some.
+        queue_size: maximum number of batches that wait for a router. A slower router misses some.
         replay_memory: bytes of sent batches to keep for `replay_endpoint`.
         num_events: how many events the manager keeps from one batch to the next. If there are more,
             all cached blocks are sent again.
@@ -80,7 +80,7 @@ class KVEvents:
 
     @classmethod
     def of(cls, value: str | KVEvents) -> KVEvents:
-        """Return the settings, those of an address if it is a text. Raises: as the class."""
+        """Return settings as they are, or make them for an address. Raises: as the class."""
         if isinstance(value, str):
             return cls(value)
         if not isinstance(value, KVEvents):

@@ -3,7 +3,7 @@
     paged     blocks anywhere in the pool; attention follows block tables
     virtual   blocks anywhere in the pool, and mapped into a range of addresses for each row: so
               attention reads a row as one tensor (vAttention, Prabhu et al. 2024)
-    reserved  a region of the greatest length for each row: what paging replaced
+    reserved  one region for each row, as long as the longest sequence: what paging replaced
 
 `BlockStorage(mode=...)` chooses one.
 """

@@ -2,7 +2,8 @@
 
 The pages are those of a file in memory (memfd). The whole file is mapped once, as the pool. Beside
 it, a range of addresses is reserved, and single pages of the file are mapped into the range. So a
-page has an address in the pool, and another one wherever it is mapped. A write at one shows at all.
+page has an address in the pool, and another one wherever it is mapped. A write to one address shows
+at all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _OTHER_MAPPINGS = 5_000
 class PagePool:
     """Equal pages, mapped once as a pool and again wherever `AddressRange` puts them.
 
-    A child process that `fork` makes cannot touch the pages: it would write into its parent's.
+    A forked child process cannot access the pages: its writes would reach its parent.
     """
 
     def __init__(self, num_pages: int, page_bytes: int) -> None:
@@ -58,7 +59,7 @@ class PagePool:
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
-        """Replace `pages` by the first `num_pages`, or more pages of zeros. O(1), O(pages dropped).
+        """Let `pages` be the first `num_pages` pages; new ones are zeros. O(1 + pages dropped).
 
         The memory of dropped pages goes back to the system. Earlier views of `pages` show the same
         memory, and zeros for what is dropped. Raises: `OSError`; the pool is unchanged.
@@ -77,7 +78,10 @@ class PagePool:
                 raise _error("cannot give memory back")
 
     def map(self, address: int, page: int, count: int = 1) -> None:
-        """Map `count` pages from `page` on at `address`, in place of what is there. O(1)."""
+        """Map `count` pages from `page` on at `address`, in place of what is there. O(1).
+
+        Raises: `OSError` if the system refuses.
+        """
         size, offset = count * self.page_bytes, page * self.page_bytes
         _map(address, size, _READ_WRITE, _SHARED | _FIXED, self._file, offset)
 
@@ -91,7 +95,7 @@ class AddressRange:
     def __init__(self, num_bytes: int, num_mappings: int) -> None:
         """Reserve addresses, which take no memory, for up to `num_mappings` runs of pages. O(1).
 
-        Raises: `ValueError` if the system allows fewer mappings; `OSError` without addresses.
+        Raises: `ValueError` if the system allows fewer mappings; `OSError` if it lacks addresses.
         """
         _check_num_mappings(num_mappings)
         flags = _PRIVATE | _ANONYMOUS | _NO_RESERVE
@@ -119,7 +123,7 @@ class AddressRange:
         _map(self.address + start, num_bytes, _READ, flags)
 
     def part_from_pages(self, start: int, num_bytes: int) -> None:
-        """Replace the pages mapped at `start` by a copy, which nothing else shows. O(bytes)."""
+        """Replace the pages mapped at `start` by a private copy of their content. O(bytes)."""
         content = self._bytes()[start : start + num_bytes].copy()
         flags = _PRIVATE | _ANONYMOUS | _FIXED
         _map(self.address + start, num_bytes, _READ_WRITE, flags)
@@ -129,13 +133,13 @@ class AddressRange:
         return np.frombuffer(self._memory, np.uint8)
 
 
-_ranges = weakref.WeakKeyDictionary[mmap.mmap, int]()  # -> the most mappings in it
+_ranges = weakref.WeakKeyDictionary[mmap.mmap, int]()  # the maximum number of mappings in each
 
 
 def _keep_from_children() -> None:
-    """Leave the ranges out of the child that is about to be forked. O(mappings).
+    """Exclude the ranges from the child process that is about to be forked. O(mappings).
 
-    The flag belongs to each mapping, so that pages mapped later lack it.
+    Each fork needs this: the flag belongs to a mapping, and pages mapped since lack it.
     """
     for memory in list(_ranges):
         memory.madvise(mmap.MADV_DONTFORK)

@@ -33,7 +33,7 @@ class Rows(Protocol):
 
     @property
     def num_blocks(self) -> int:
-        """The most blocks of a row."""
+        """The maximum number of blocks of a row."""
 
     def caches(self, layer: int) -> LayerCaches:
         """Return a layer's keys and values, [rows, tokens, heads, dim]. O(1).
@@ -42,19 +42,19 @@ class Rows(Protocol):
         """
 
     def follow(self, rows: Int32, tables: Int32) -> None:
-        """Let `rows` [n] show the blocks of `tables`, int32 [n, columns], -1 for none.
+        """Make `rows`, int32 [n], show the blocks of `tables`, int32 [n, columns], -1 for none.
 
         Call it after each change of block tables, and before the rows are read.
         """
 
     def detach(self) -> None:
-        """Let tensors of `caches` that are still in use keep what they show, if the mode can.
+        """Preserve the content of tensors of `caches` that are still in use, if the mode can.
 
-        Call it before blocks change that the rows show, unless tokens are only appended.
+        Call it before the blocks of rows change, unless tokens are only appended.
         """
 
     def release(self, rows: Int32) -> None:
-        """Let rows show nothing. O(blocks)."""
+        """Remove all blocks from rows. O(blocks)."""
 
 
 class Mode(Protocol):
@@ -66,7 +66,7 @@ class Mode(Protocol):
 
     @property
     def token_first(self) -> int | None:
-        """None if blocks are block-first; otherwise the bytes of which a block is a multiple."""
+        """None for block-first blocks. Token-first blocks are a multiple of this many bytes."""
 
     def allocate(
         self, num_blocks: int, run: int, dtype: torch.dtype, device: torch.device, pinned: bool
@@ -85,7 +85,7 @@ class Mode(Protocol):
     ) -> Rows:
         """Return rows of up to `num_blocks` blocks each over `memory`.
 
-        Raises: `ValueError` if the mode has no rows, or not so many.
+        Raises: `ValueError` if the mode has no rows, or too few blocks or mappings for them.
         """
 
 

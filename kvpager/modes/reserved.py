@@ -1,4 +1,4 @@
-"""Reserved: a region of the greatest length for each row, as caches had before paging."""
+"""Reserved: one region for each row, as long as the longest sequence, as before paging."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class ReservedRows:
     def __init__(
         self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
     ) -> None:
-        """Show the first `num_rows` regions of `num_blocks`. O(1). Raises: `ValueError`."""
+        """Show the first `num_rows` regions of `num_blocks` blocks. O(layers).
+
+        Raises: `ValueError` if the memory has fewer blocks.
+        """
         available = len(memory.tier)
         if num_rows * num_blocks > available:
             raise ValueError(
@@ -44,7 +47,10 @@ class ReservedRows:
         return self._caches[layer]
 
     def follow(self, rows: Int32, tables: Int32) -> None:
-        """Check that the tables are those of the regions. O(blocks). Raises: `ValueError`."""
+        """Check that each table lists the blocks of its row's region. O(blocks).
+
+        Raises: `ValueError` for another block.
+        """
         own = np.asarray(rows)[:, None] * self.num_blocks + np.arange(tables.shape[1])
         wrong = (tables >= 0) & (tables != own)
         if wrong.any():
@@ -55,7 +61,7 @@ class ReservedRows:
             )
 
     def detach(self) -> None:
-        """Do nothing: tensors show their regions, whatever these hold."""
+        """Do nothing: a tensor always shows its region."""
 
     def release(self, rows: Int32) -> None:
         """Do nothing: a region belongs to its row."""

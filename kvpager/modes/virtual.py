@@ -1,7 +1,7 @@
 """Virtual: blocks anywhere in a pool, and mapped into a range of addresses for each row.
 
-Attention reads a row as one tensor, and sequences share blocks all the same: a shared block is one
-page of memory at several addresses. The idea is vAttention's (Prabhu et al. 2024), here for a CPU.
+Attention reads a row as one tensor. Sequences can still share blocks: a shared block is one page
+of memory at several addresses. The idea is vAttention's (Prabhu et al. 2024), here for a CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Virtual:
 class VirtualRows:
     """Rows of addresses, in which `follow` maps the blocks of block tables.
 
-    What no block is mapped to reads as zeros. A write there ends the process with SIGSEGV, so that
+    Addresses without a block read as zeros. A write to them ends the process with SIGSEGV, so that
     it never changes another row.
     """
 
@@ -91,9 +91,9 @@ class VirtualRows:
         return self._caches[layer]
 
     def detach(self) -> None:
-        """Let tensors that callers still have keep what they show, in a copy. O(blocks mapped).
+        """Copy the content of tensors that callers still have, so that they keep it.
 
-        O(1) if there are none, which is the usual case.
+        O(blocks mapped); O(1) in the usual case that there are none.
         """
         self._caches = []
         if not self._range.is_in_use:
@@ -107,9 +107,9 @@ class VirtualRows:
     def follow(self, rows: Int32, tables: Int32) -> None:
         """Map what changed, each run of neighbours by one call. O(blocks compared + runs changed).
 
-        A row's blocks behind the columns of `tables` are unmapped. `rows` must differ from each
-        other. A call like the one before it only compares. Raises: `OSError` if the system refuses;
-        then the next call maps what is missing.
+        A row's blocks beyond the columns of `tables` are unmapped. `rows` must be distinct. A call
+        with the arguments of the last one only compares them. Raises: `OSError` if the system
+        refuses; then the next call maps what is missing.
         """
         call = rows.tobytes(), tables.shape, tables.tobytes()
         if call == self._last:
@@ -127,7 +127,7 @@ class VirtualRows:
         self.follow(rows, np.empty((len(rows), 0), np.int32))
 
     def _map(self, rows: Int32, columns: NDArray[np.int64], blocks: Int32) -> None:
-        """Map a block, or none, at each place; neighbours in both are mapped by one call."""
+        """Map a block, or none, at each place. Runs of places and blocks take one call."""
         places = rows.astype(np.int64) * self.num_blocks + columns
         is_none = blocks == _NONE
         step = np.diff(blocks)
@@ -135,7 +135,7 @@ class VirtualRows:
         is_next &= np.where(is_none[:-1], is_none[1:], (step == 1) & ~is_none[1:])
         starts = np.flatnonzero(np.concatenate((np.ones(min(len(rows), 1), bool), ~is_next)))
         counts = np.diff(starts, append=len(rows))
-        self._mapped[rows, columns] = _UNKNOWN  # until all is mapped: an interrupt may come
+        self._mapped[rows, columns] = _UNKNOWN  # after an interrupt, the next call maps all
         for place, block, count in zip(
             places[starts].tolist(), blocks[starts].tolist(), counts.tolist(), strict=True
         ):

@@ -94,7 +94,7 @@ def lora_of_version(lora: str | None, cache_version: int) -> str | None:
 def split_lora(label: str | None) -> tuple[str | None, int]:
     """Return the LoRA and the version that `lora_of_version` joined. O(characters)."""
     versioned = label and re.fullmatch(r"(.*?)(\0*)\0(\d+)", label, re.DOTALL)
-    if not label or not versioned or len(versioned[2]) % 2:  # doubled NULs are of the name
+    if not label or not versioned or len(versioned[2]) % 2:  # doubled NULs belong to the name
         return label and label.replace("\0\0", "\0"), 0
     name = versioned[1] + versioned[2]
     return name.replace("\0\0", "\0") or None, int(versioned[3])

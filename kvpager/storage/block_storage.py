@@ -229,10 +229,10 @@ class BlockStorage:
     def open_rows(self, num_rows: int, max_length: int) -> Rows:
         """Return rows of up to `max_length` tokens over the device blocks. O(rows * blocks).
 
-        `grow`, `shrink` and `keep_layers` replace them, as they do the views of `layer`. The rows
-        of "virtual" stay right when the storage grows or shrinks.
-        Raises: `ValueError` if the mode has no rows, or not so many; `OSError` if the system lacks
-        addresses for them.
+        Open rows again after `grow`, `shrink` and `keep_layers`, like the views of `layer`. Rows of
+        "virtual" stay valid after `grow` and `shrink`.
+        Raises: `ValueError` if the mode has no rows, or too few blocks or mappings for them;
+        `OSError` if the system lacks addresses for them.
         """
         num_rows = arguments.count("num_rows", num_rows, at_least=1)
         max_length = arguments.count("max_length", max_length, at_least=1)

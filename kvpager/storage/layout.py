@@ -56,7 +56,10 @@ class StorageLayout(NamedTuple):
         return self.num_elements // (self.num_tokens or 1)
 
     def runs(self, memory: Tensor) -> Tensor:
-        """Return memory [n, elements] by runs: as it is block-first, [n, tokens, elements] else."""
+        """Return memory [n, elements] as runs. O(1).
+
+        Block-first, it is unchanged; token-first, [n, tokens, elements of a token].
+        """
         if self.num_tokens is None:
             return memory
         return memory.view(len(memory), memory.shape[1] // self.run_elements, self.run_elements)
@@ -82,7 +85,7 @@ def storage_layout(
     """Return the layout of blocks. O(layers).
 
     `layers` are (kv heads, head dim, value head dim). With `token_first`, tokens lie one after the
-    other, and unused elements behind each make a block a multiple of so many bytes.
+    other, and unused elements after each token make a block a multiple of `token_first` bytes.
     """
     if token_first is None:
         parts, num_elements = _parts((block_size,), layers, dtype, kv_cache_dtype)

@@ -17,9 +17,10 @@ logger = logging.getLogger("kvpager")
 
 
 class MappedRows:
-    """The rows of a batch in each storage that maps blocks. Made at the first read, and they grow.
+    """The rows of a batch in each storage that maps blocks.
 
-    Tensors are views of the blocks. They show a step's columns until `detach`, and keep them then.
+    Rows are opened at the first read, and again when the batch outgrows them. Tensors are views of
+    the blocks until `detach`. After that, those still in use keep their content.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class MappedRows:
         self._rows = weakref.WeakKeyDictionary()
 
     def tensors(self, place: Place, tables: Int32, start: int, stop: int) -> list[Tensor] | None:
-        """Return a layer's keys and values of columns `start` to `stop`, or None if it cannot.
+        """Return a layer's keys and values of columns `start` to `stop`; None if not mapped.
 
         [rows, kv_heads, columns, dim] each, for rows without padding, whose blocks are `tables`,
         int32 [rows, blocks]. O(layers) if the tables changed, else O(tables compared).
@@ -56,7 +57,7 @@ class MappedRows:
     def _of(self, storage: BlockStorage, tables: Int32) -> Rows | None:
         num_rows, num_blocks = tables.shape
         layers, rows = self._rows.get(storage, (None, None))
-        # The layers are another tuple if the storage was made anew, without its last ones.
+        # `keep_layers` makes another tuple of layers, and ends the use of older rows.
         if rows is not None:
             fits = num_rows <= rows.num_rows and num_blocks <= rows.num_blocks
             if fits and layers is storage.layers:

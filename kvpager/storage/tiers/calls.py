@@ -1,7 +1,8 @@
 """The calls of stores that are under way, and the stores that do not return from one.
 
-A store must return soon after its deadline. One that waits for a dead disk or a network share may
-not, and no thread can be taken back from it. So it gets no other call until that one returns.
+A store must return soon after its deadline. A store on a dead disk or network share may never
+return, and Python cannot end the thread of the call. So such a store gets no other call until the
+call returns.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class StoreCalls:
 
     @property
     def hanging(self) -> Iterator[bool]:
-        """Yield for each number of a store whether it hangs. Never ends. O(calls) each."""
+        """Yield for store 0, 1, 2 and so on whether it hangs. Endless. O(calls) each."""
         return map(self.hangs, itertools.count())
 
     def lost_threads(self) -> set[int]:
@@ -65,16 +66,16 @@ class StoreCalls:
         return {call.thread for call in self._over()}
 
     def left_s(self, thread: int | None) -> float:
-        """Return for how long a thread may still be in its call; 0 if it is in none. O(calls)."""
+        """Return the seconds that a thread's call may still take; 0 without a call. O(calls)."""
         until = [call.until for call in list(self._calls.values()) if call.thread == thread]
         return max([0.0, *(each - self._clock() for each in until)])
 
     def close_all(self, stores: Sequence[BlockStore]) -> None:
-        """Close stores, whichever of them raises. Waits for none that hangs."""
+        """Close all stores, even if one raises. Does not wait for a store that hangs."""
         with ExitStack() as closing:
             for number, store in enumerate(stores):
                 if self.hangs(number):
-                    logger.warning("the store %s hangs: nothing waits for its end", store.name)
+                    logger.warning("the store %s hangs: its `close` is not waited for", store.name)
                     threading.Thread(target=store.close, daemon=True).start()
                 else:
                     closing.callback(store.close)

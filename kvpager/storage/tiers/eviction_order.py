@@ -113,7 +113,7 @@ class EvictionOrder:
     def link(self, slot: int, parent: bytes) -> None:
         """Note that the key of `slot` continues `parent`, which may be absent. O(1).
 
-        The first parent of a slot counts.
+        Later parents of the same slot are ignored.
         """
         if self._parents[slot]:
             return
@@ -155,7 +155,7 @@ class EvictionOrder:
             self.queue(slots[::-1])
 
     def hold(self, slots: Iterable[int]) -> None:
-        """Remove slots from the order until `queue`, without a use. O(slots)."""
+        """Take slots out of the order until `queue`; this is no use. O(slots)."""
         self._ranked.forget(slots)
 
     def queue(self, slots: Sequence[int]) -> None:
@@ -166,8 +166,8 @@ class EvictionOrder:
     def evict(self, count: int) -> list[int]:
         """Remove and return the idle slots that leave first. O(log slots) each.
 
-        There must be `count` of them. If only held slots are left, they leave by rank: those below
-        them are in use. O(slots log slots) then.
+        At least `count` slots must be idle. If all that are left have children, the children are in
+        use: then these slots leave by rank, in O(slots log slots).
         """
         if len(reranked := self._policy.reranked(count)):
             self.queue(self._ranked.queued(reranked.tolist()))
@@ -186,7 +186,7 @@ class EvictionOrder:
         return left
 
     def forget(self, slots: Sequence[int]) -> None:
-        """Tell the policy that slots that are not idle are not offered any more. O(slots)."""
+        """Tell the policy that slots are no longer offered. They must not be idle. O(slots)."""
         if slots:
             self._policy.forget(np.array(slots, np.int32))
             for slot in slots:

@@ -50,8 +50,8 @@ class KeyedTier:
     keys leave first. Calls that take slots skip negative ones.
 
     Attributes:
-        needs_places: True if the policy ranks by more than the last use. Pass it depths and
-            parents: else prefixes may leave before what continues them.
+        needs_places: True if the policy ranks by more than the last use. Then pass depths and
+            parents: otherwise a prefix may leave before the keys that continue it.
     """
 
     def __init__(self, num_slots: int, policy: SlotPolicy | None = None) -> None:
@@ -176,7 +176,7 @@ class KeyedTier:
         return _array([-1 if slot is None else slot for slot in offered])
 
     def link(self, slots: Sequence[int], parents: Sequence[bytes | None]) -> None:
-        """Note the keys that those of pinned slots continue, where not known yet. O(slots)."""
+        """Note which keys the keys of pinned slots continue, if not known yet. O(slots)."""
         with self._lock:
             for slot, parent in zip(slots, parents, strict=True):
                 if parent and self._states[slot] == _READY:

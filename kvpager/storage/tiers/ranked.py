@@ -89,14 +89,14 @@ class Ranked:
         return None
 
     def release(self, slots: Iterable[int]) -> None:
-        """Let slots leave that are not held any more. O(log runs) a slot."""
+        """Put slots that are no longer held back in their places. O(log runs) a slot."""
         for slot in slots:
             if slot in self._passed:
                 rank, number = self._passed.pop(slot)
                 self._add(rank, number, number + 1, [slot])
 
     def release_all(self) -> None:
-        """Let all slots leave that were passed over. O(n log n)."""
+        """Put all slots that were passed over back in their places. O(n log n)."""
         self.release(list(self._passed))
 
     def in_order(self) -> list[int]:

@@ -18,7 +18,7 @@ class Retained:
         with engine.tiers.retain(prompt):
             ...
 
-    Thread-safe. A handle that is dropped releases nothing.
+    Thread-safe. Garbage collection of a handle releases nothing.
 
     Attributes:
         num_tokens: how many leading tokens of the prompt stay cached; 0 after the end.
@@ -88,12 +88,12 @@ class Retentions:
 
     @whole
     def end(self, retained: Retained) -> None:
-        """Release the blocks of a prompt, unless they were. O(blocks)."""
+        """Release the blocks of a prompt if they are still held. O(blocks)."""
         hold = self._holds.pop(retained, None)
         if hold is None:
             return
         self._manager.cached.release(hold.ticket)
-        # A handle that is kept keeps no manager alive.
+        # So that a handle of a caller keeps no manager alive.
         retained.num_tokens, retained._retentions = 0, None
         self._on_end()
 

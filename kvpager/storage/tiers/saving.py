@@ -90,7 +90,7 @@ class Saver:
     def submit(self, blocks: Sequence[StagedBlock]) -> Future[None] | None:
         """Offer blocks to their stores soon; then give their slots back, also if this raises. O(1).
 
-        Returns what is done when all stores have answered; None if they have already.
+        Returns a future that ends when all stores have answered; None if they have already.
         """
         waiting = [blocks]  # until one thread takes them
         try:
@@ -127,7 +127,7 @@ class Saver:
         self._later(partial(self._dropper.drop, number, keys))
 
     def wait(self, work: Future[int]) -> int:
-        """Return the result of `forget`, also if the thread hangs in a call before. O(1)."""
+        """Wait for the result of `forget`, even if the thread hangs in an earlier call."""
         while not work.done():
             futures.wait([work], timeout=GRACE_S)
             self._thread.replace_lost()
@@ -142,7 +142,7 @@ class Saver:
             return done
 
     def _save(self, waiting: list[Sequence[StagedBlock]]) -> None:
-        if not waiting:  # the executor queued them although it raised
+        if not waiting:  # `submit` queued them although it raised
             return
         blocks = waiting.pop()
         deadline = time.monotonic() + self._max_wait_s
@@ -191,7 +191,7 @@ class Saver:
         """Note what a store lost, unless it was saved again. A save may push out its own blocks."""
         lost, gone = self._lost[number], list[bytes]()
         if lost and not self._calls.hangs(number):
-            with contextlib.suppress(IndexError):  # a thread that hung may do the same
+            with contextlib.suppress(IndexError):  # a thread that hung may pop here, too
                 while True:
                     gone.append(lost.popleft())
             with self._calls.begin(number):
@@ -202,7 +202,7 @@ class Saver:
     def close(self) -> None:
         """Wait for the blocks that were submitted: until `ends_at`, or `max_wait_s` seconds.
 
-        A store that hangs is not waited for.
+        Does not wait for a store that hangs.
         """
         if self.ends_at == math.inf:
             self.ends_at = time.monotonic() + self._max_wait_s

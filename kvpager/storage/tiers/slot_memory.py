@@ -31,8 +31,8 @@ class SlotMemory(Protocol):
 class Lease:
     """Slots that go back at the end of a `with` block, unless they were passed on.
 
-    Whoever uses slots leases them, so that no error loses one: `attach` until `write` has given
-    them back, a save until `Saver.submit` owns them.
+    Code that takes slots leases them, so that no error loses a slot. `attach` leases them until
+    `write` has given them back, and a save until `Saver.submit` owns them.
 
     Attributes:
         slots: the slots to give back. Set it to [] to pass them on.

@@ -419,7 +419,7 @@ class Tiering:
         return self._saver.forget(namespace)
 
     def wait_for(self, dropped: Future[int]) -> int:
-        """Return the result of `forget`. A store that hangs keeps its blocks. O(1)."""
+        """Wait for the result of `forget`. A store that hangs keeps its blocks."""
         return self._saver.wait(dropped)
 
     def stats(self) -> TieringStats:
@@ -439,7 +439,7 @@ class Tiering:
         self._saver.ends_at = deadline
 
     def close(self) -> None:
-        """Wait for saves, at most `max_wait_s` seconds, and close the stores. Twice is as once."""
+        """Wait for saves, at most `max_wait_s` seconds, and close the stores. Idempotent."""
         self._is_open = False
         self.retentions.end_all()
         self._loader.close()

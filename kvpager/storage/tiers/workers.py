@@ -1,4 +1,4 @@
-"""Threads that call stores. A thread that a store does not return is replaced."""
+"""Threads that call stores. If a store does not return, another thread replaces its thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from kvpager.storage.tiers.calls import StoreCalls
 
 _T = TypeVar("_T")
-_PAUSE_S = 0.05  # of a thread between two calls of stores
+_PAUSE_S = 0.05  # that a thread may take between two calls of stores
 _END = None
 
 _Work = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
@@ -24,8 +24,8 @@ _Work = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class Workers:
     """Runs work in the order of `submit`, on `count` threads. Any thread may call any method.
 
-    An executor of Python counts a thread that hangs, and waits for it when the interpreter ends.
-    This one starts another thread in its place.
+    `ThreadPoolExecutor` counts a thread that hangs as usable, and waits for it when the interpreter
+    ends. `Workers` starts another thread in its place, and does not wait.
     """
 
     def __init__(self, count: int, name: str, calls: StoreCalls) -> None:
@@ -58,18 +58,18 @@ class Workers:
         return future
 
     def replace_lost(self) -> None:
-        """Start a thread if too few do not hang. O(threads + calls of stores)."""
+        """Start a thread if fewer than `count` are usable. O(threads + calls of stores)."""
         with self._lock:
             if self._is_open:
                 self._fill_up()
 
     def shutdown(self) -> None:
-        """Wait until all work is done that does not hang. Idempotent. Does nothing in a fork."""
+        """Wait for all work that does not hang. Idempotent. Does nothing in a forked process."""
         if self._process != os.getpid():
             return
         with self._lock:
             if self._is_open and self._threads:
-                self._last = self._put(int)  # work before it has begun when it is done
+                self._last = self._put(int)  # when this is done, all earlier work has begun
             self._is_open = False
         while self._last is not None and not self._last.done():
             left_s = max(map(self._calls.left_s, [thread.ident for thread in self._threads]))
@@ -83,11 +83,11 @@ class Workers:
                 thread.join(self._calls.left_s(thread.ident) + _PAUSE_S)
 
     def _fill_up(self) -> None:
-        """Start a thread if fewer than `count` do not hang."""
+        """Start a thread if fewer than `count` are usable: alive, and not in a call that hangs."""
         num_usable = self._num_usable()
         if num_usable >= self._count:
             return
-        # A daemon, so that a store that never returns does not keep the process.
+        # A daemon: a store that never returns must not keep the process alive.
         name = f"{self._name}-{len(self._threads)}"
         thread = threading.Thread(
             target=_serve, args=(self._work, self._me), name=name, daemon=True
@@ -115,7 +115,7 @@ class Workers:
 
 
 def _serve(work: SimpleQueue[_Work | None], owner: weakref.ref[Workers]) -> None:
-    """Do the work of a queue. Its thread does not keep the workers alive while it waits."""
+    """Do the work of a queue. While it waits, the thread does not keep its owner alive."""
     while (item := work.get()) is not _END:
         future, call, arguments = item
         if future.set_running_or_notify_cancel():
