@@ -30,7 +30,7 @@ demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
 
 test: lint checks ## before every commit: lint, types, the tests that are quick
 
-test-all: lint checks slow ## all that CI checks, and `make vllm` if its environment can be made
+test-all: lint checks slow ## all that CI checks, and `make vllm` and `make sglang` if their environments can be made
 	@$(MAKE) --no-print-directory vllm OPTIONAL=1
 	@$(MAKE) --no-print-directory sglang OPTIONAL=1
 
