@@ -37,7 +37,7 @@ class LifetimePolicy(CachePolicy):  # type: ignore[misc]
         self._numbers: dict[bytes, int] = {}
         policy = make_policy(self.EVICTION, self.cache_capacity)
         self._order = EvictionOrder(policy, self._keys, self._numbers)
-        self._places = ChunkOrder()
+        self._chunk_order = ChunkOrder()
         self._depths: dict[bytes, int] = {}  # of chunks that the policy does not know yet
         self._missed: dict[bytes, tuple[int, bytes | None]] = {}  # depths and parents
         self._waiting: dict[bytes, None] = {}  # evictable, and not queued yet
@@ -47,8 +47,8 @@ class LifetimePolicy(CachePolicy):  # type: ignore[misc]
 
     def on_store_miss(self, keys: Iterable[bytes], req_context: ReqContext) -> None:
         missed = list(keys)
-        places = self._places.ancestry(missed, req_context, {})
-        self._missed = dict(zip(missed, zip(*places, strict=True), strict=True))
+        ancestry = self._chunk_order.ancestry(missed, req_context, {})
+        self._missed = dict(zip(missed, zip(*ancestry, strict=True), strict=True))
 
     def insert(self, key: bytes, chunk: Any) -> None:
         number = chunk.chunk_id
@@ -91,7 +91,7 @@ class LifetimePolicy(CachePolicy):  # type: ignore[misc]
     ) -> None:
         keys = [key for group in key_groups for key in group]
         for key, depth, parent in zip(
-            keys, *self._places.ancestry(keys, req_context, {}), strict=True
+            keys, *self._chunk_order.ancestry(keys, req_context, {}), strict=True
         ):
             if key in self._depths:
                 self._depths[key] = depth

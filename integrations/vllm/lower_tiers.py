@@ -73,18 +73,19 @@ class LowerTiers:
         absent: int,
         is_prefix: bool,
     ) -> None:
-        """Look for chunks of one group. Calls `answer` with a store's number for each, or `absent`.
+        """Look for chunks of one group in the stores, on a thread. O(1) for the caller.
 
-        Of a prefix, the chunks after the first missing one count as absent.
+        Calls `answer` with the number of a store for each key, or with `absent`. Of a prefix, the
+        chunks after the first missing one count as absent.
         """
         self._start_fetch(self._locate, keys, answer, absent, is_prefix)
 
     def fetch(self, chunks: Sequence[Chunk], end: Callable[[set[bytes]], None]) -> None:
-        """Load chunks into their rows. Afterwards calls `end` with the keys that arrived."""
+        """Load chunks into their rows, on a thread; then call `end` with the keys that arrived."""
         self._start_fetch(self._fetch, chunks, end)
 
     def save(self, pairs: Sequence[KeySlot], end: Callable[[bool], None]) -> None:
-        """Offer chunks to each store. Afterwards calls `end` with True if all stores have all."""
+        """Offer chunks to each store, on a thread; then call `end`: True if all stores have all."""
         self._saves[self._saver.submit(self._save, pairs, end)] = len(pairs)
 
     def wait_a_moment(self, seconds: float) -> None:

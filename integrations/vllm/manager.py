@@ -209,7 +209,7 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
     def save(self, pairs: Sequence[KeySlot]) -> None:
         """Pass chunks of `publish` on to the stores below, and unpin those without room.
 
-        At most a quarter of all slots is being saved at a time.
+        At most a quarter of all slots is being saved at a time. O(chunks).
         """
         offered: Sequence[KeySlot] = ()
         if self._lower is not None:

@@ -43,7 +43,8 @@ def open_lower_tiers(
 ) -> LowerTiers:
     """Open stores for the chunks of `rows`, uint8 [slots, bytes of a chunk].
 
-    `arrangement` names how a row holds its blocks. Raises: as `chunk_layout` and `open_stores`.
+    `arrangement` names how a row holds its blocks. O(bytes of the model) without `model_id`, if
+    others read a store. Raises: as `chunk_layout` and `open_stores`.
     """
     if are_private(tiers):
         model_id = model_id or config.model.name

@@ -44,13 +44,14 @@ class Rows(Protocol):
     def follow(self, rows: Int32, tables: Int32) -> None:
         """Make `rows`, int32 [n], show the blocks of `tables`, int32 [n, columns], -1 for none.
 
-        Call it after each change of block tables, and before the rows are read.
+        Call it after each change of block tables, and before the rows are read. O(blocks).
         """
 
     def detach(self) -> None:
         """Preserve the content of tensors of `caches` that are still in use, if the mode can.
 
-        Call it before the blocks of rows change, unless tokens are only appended.
+        Call it before the blocks of rows change, unless tokens are only appended. O(bytes) for
+        tensors in use, else O(1).
         """
 
     def release(self, rows: Int32) -> None:
@@ -71,7 +72,10 @@ class Mode(Protocol):
     def allocate(
         self, num_blocks: int, run: int, dtype: torch.dtype, device: torch.device, pinned: bool
     ) -> Memory:
-        """Return uninitialised memory [num_blocks, run]. Raises: errors of the allocation."""
+        """Return uninitialised memory [num_blocks, run], `run` elements of `dtype` per block.
+
+        O(1), O(bytes) if page-locked. Raises: errors of the allocation.
+        """
 
     def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:
         """Return memory for `num_blocks` with the contents of the first blocks of `memory`.
@@ -83,7 +87,7 @@ class Mode(Protocol):
     def open_rows(
         self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
     ) -> Rows:
-        """Return rows of up to `num_blocks` blocks each over `memory`.
+        """Return rows of up to `num_blocks` blocks each over `memory`. O(rows * blocks).
 
         Raises: `ValueError` if the mode has no rows, or too few blocks or mappings for them.
         """

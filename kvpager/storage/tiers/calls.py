@@ -71,7 +71,7 @@ class StoreCalls:
         return max([0.0, *(each - self._clock() for each in until)])
 
     def close_all(self, stores: Sequence[BlockStore]) -> None:
-        """Close all stores, even if one raises. Does not wait for a store that hangs."""
+        """Close all stores, even if one raises. Does not wait for those that hang."""
         with ExitStack() as closing:
             for number, store in enumerate(stores):
                 if self.hangs(number):

@@ -87,11 +87,12 @@ class TierControls:
             with engine.tiers.retain(prompt):
                 ...
 
-        The end of the `with` block, or `release` of the result, lets them leave. `forget`, the end
-        of the engine or the patch, and all that turns tiers off do so, too. If tiers are off,
-        nothing is retained. Raises: `ValueError` if a live request, or the floor of a namespace,
-        needs the blocks; `TypeError` for a bad argument; `KVPagerError` if the engine or the patch
-        has ended.
+        The end of the `with` block, or `release` of the result, lets the blocks leave. So do
+        `forget`, the end of the engine or the patch, and all that turns tiers off. If tiers are
+        off, nothing is retained.
+
+        Raises: `ValueError` if a live request, or the floor of a namespace, needs the blocks.
+        `TypeError` for a bad argument. `KVPagerError` if the engine or the patch has ended.
         """
         arguments.label("namespace", namespace)
         return self._owner.retain(prompt, namespace)
