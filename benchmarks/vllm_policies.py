@@ -1,4 +1,4 @@
-"""Compare who is evicted below vLLM: a JSON line per figure.
+"""Compare eviction policies below vLLM: a JSON line per figure.
 
     make vllm                                          # once: it makes .venv-vllm
     .venv-vllm/bin/python benchmarks/vllm_policies.py --trace TRACE

@@ -121,6 +121,6 @@ def test_a_thread_that_does_not_start_saves_nothing_twice(monkeypatch: Any) -> N
         assert node.tiering.clean() == 5
     assert len(node.stores[0].blocks) == 5
     assert node.staging.num_free == NUM_SLOTS
-    node.settle()  # the executor had queued the save
+    node.settle()  # `submit` had queued the save
     assert node.staging.num_free == NUM_SLOTS
     node.end()
