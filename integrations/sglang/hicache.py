@@ -19,7 +19,7 @@ from kvpager.integrations.sglang.interface import (
 )
 from kvpager.integrations.sglang.options import Options
 from kvpager.integrations.sglang.pages import Bytes, HostPages
-from kvpager.storage.tiers.asking import is_bypassed
+from kvpager.storage.tiers.asking import found_in, is_bypassed, loaded_from, saved_to
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 from kvpager.storage.tiers.urls import are_private, bare_url, open_stores
 
@@ -68,7 +68,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
     ) -> int:
         names, position = self._keys(keys), 0
         for store in self._stores:
-            position += store.find(names[position:])
+            position += found_in(store, names[position:])
         return position // self._pages.num_parts
 
     def exists(self, key: str) -> bool:
@@ -128,7 +128,8 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
             if not len(missing):
                 break
             into = [_flat(buffers[number]) for number in missing]
-            outcomes = store.load([names[number] for number in missing], into, deadline)
+            lacked = [names[number] for number in missing]
+            outcomes = loaded_from(store, lacked, into, deadline)
             arrived[missing] = outcomes == Loaded.HIT
         for number in np.flatnonzero(arrived):
             if buffers[number] is not parts[number]:
@@ -140,7 +141,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
         blocks = [_flat(np.ascontiguousarray(part)) for part in parts]
         for store in self._stores:
             if not is_bypassed(store):
-                outcomes = store.save(names, blocks, deadline)
+                outcomes = saved_to(store, names, blocks, deadline)
                 kept |= (outcomes == Saved.SAVED) | (outcomes == Saved.KNOWN)
         return kept
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpager.storage.tiers.checks import check_outcomes
 from kvpager.storage.tiers.keyed import KeySlot
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 
@@ -148,7 +149,10 @@ class LowerTiers:
                 asked = [chunk for chunk in chunks if chunk.store == number]
                 names = [self._store_key(chunk.key) for chunk in asked]
                 buffers = [memoryview(self._rows[chunk.slot]) for chunk in asked]
-                outcomes = store.load(names, buffers, deadline) if asked else ()
+                if not asked:
+                    continue
+                outcomes = store.load(names, buffers, deadline)
+                check_outcomes(outcomes, len(asked))
                 pairs = zip(asked, outcomes, strict=True)
                 arrived |= {chunk.key for chunk, outcome in pairs if outcome == Loaded.HIT}
         except Exception:  # as above
@@ -166,6 +170,8 @@ class LowerTiers:
                 for store in self.stores
                 if not getattr(store, "bypassed", False)
             ]
+            for each in outcomes:
+                check_outcomes(each, len(names))
             is_saved = len(outcomes) == len(self.stores) and all(
                 outcome in (Saved.SAVED, Saved.KNOWN) for each in outcomes for outcome in each
             )

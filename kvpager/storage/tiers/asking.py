@@ -1,10 +1,14 @@
-"""Ask a store about itself on the engine's thread, which no exception of a store may reach."""
+"""Call a store where no exception of a store may go on, such as an engine's thread."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-from kvpager.storage.tiers.protocol import BlockStore, StoreStats
+import numpy as np
+
+from kvpager.storage.tiers.checks import check_outcomes
+from kvpager.storage.tiers.protocol import BlockStore, Loaded, Outcomes, Saved, StoreStats
 
 logger = logging.getLogger(__name__)
 
@@ -25,3 +29,38 @@ def stats_of(store: BlockStore) -> StoreStats:
     except Exception:
         logger.exception("the store %s failed to say what it holds", store.name)
         return StoreStats(None, None, store.block_bytes)
+
+
+def found_in(store: BlockStore, keys: Sequence[bytes]) -> int:
+    """Return how many leading keys a store has; 0 if it fails. As `BlockStore.find`."""
+    try:
+        return min(max(int(store.find(keys)), 0), len(keys))
+    except Exception:
+        logger.exception("the store %s failed to find blocks", store.name)
+        return 0
+
+
+def loaded_from(
+    store: BlockStore, keys: Sequence[bytes], into: Sequence[memoryview], deadline: float
+) -> Outcomes:
+    """Return the outcomes of `BlockStore.load`; all are misses if it fails."""
+    try:
+        outcomes = store.load(keys, into, deadline)
+        check_outcomes(outcomes, len(keys))
+    except Exception:
+        logger.exception("the store %s failed to load blocks", store.name)
+        return np.full(len(keys), Loaded.MISS, np.uint8)
+    return outcomes
+
+
+def saved_to(
+    store: BlockStore, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
+) -> Outcomes:
+    """Return the outcomes of `BlockStore.save`; all are refused if it fails."""
+    try:
+        outcomes = store.save(keys, blocks, deadline)
+        check_outcomes(outcomes, len(keys))
+    except Exception:
+        logger.exception("the store %s failed to save blocks", store.name)
+        return np.full(len(keys), Saved.REFUSED, np.uint8)
+    return outcomes

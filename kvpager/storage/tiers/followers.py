@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kvpager import _validate as arguments
+from kvpager.blocks.groups.manager import GroupedManager
+from kvpager.blocks.manager import BlockManager
 from kvpager.plans import (
     DropBlocks,
     EndFetch,
@@ -143,3 +145,12 @@ class Followers:
 
 def _array(keys: Sequence[bytes]) -> UInt8:
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def refuse_windows(manager: BlockManager, num_followers: int) -> None:
+    """Raise `ValueError` for followers of a model with windows. O(1)."""
+    if num_followers and isinstance(manager, GroupedManager):
+        raise ValueError(
+            f"num_followers={num_followers}: expected 0 for groups of layers with a window. "
+            "Leave tiers out."
+        )

@@ -29,7 +29,7 @@ from kvpager.storage.tiers.admission import Admissions, Admit
 from kvpager.storage.tiers.attaching import PrefixAttacher
 from kvpager.storage.tiers.calls import GRACE_S
 from kvpager.storage.tiers.dropping import Dropper
-from kvpager.storage.tiers.followers import Followers
+from kvpager.storage.tiers.followers import Followers, refuse_windows
 from kvpager.storage.tiers.group_attaching import GroupAttacher
 from kvpager.storage.tiers.loading import Fetch, Loader
 from kvpager.storage.tiers.namespaces import Limit, NamespaceKeys, checked_name
@@ -97,16 +97,11 @@ class Tiering:
         num_followers: int = 0,
     ) -> None:
         """Use `stores` from now on; `close` closes them. Raises: `ValueError`, `TypeError`."""
-        if num_followers and isinstance(manager, GroupedManager):
-            raise ValueError(
-                f"num_followers={num_followers}: expected 0 for groups of layers with a window. "
-                "Leave tiers out."
-            )
+        refuse_windows(manager, num_followers)
         self.lock = new_lock()
         self.uninterrupted = Uninterrupted(self.lock)
         self.stores = tuple(stores)
-        self._manager = manager
-        self._staging = staging
+        self._manager, self._staging = manager, staging
         self.context_of = context_of
         self._keying = ContentKeying(manager.block_size, context_of, manager.windows)
         self._max_wait_s = arguments.seconds("max_wait_s", max_wait_s)

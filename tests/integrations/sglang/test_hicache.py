@@ -152,6 +152,26 @@ def test_a_page_is_saved_if_a_store_has_it_afterwards(stored: Any, pool: HostPoo
     assert stored.batch_set_v1(["e"], tokens_of(pool, 4)) == [False]
 
 
+@pytest.mark.parametrize("fault", ["raises", "booleans"])
+def test_a_store_that_breaks_its_contract_is_passed_over(
+    stored: Any, pool: HostPool, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = [pool.page(number).clone() for number in (1, 2, 3)]
+    first, second = stored._stores
+    first.fails = fault == "raises"
+    if fault == "booleans":  # False equals `Loaded.HIT`
+        for name in ("load", "save"):
+            real = getattr(first, name)
+            monkeypatch.setattr(first, name, lambda *call, real=real: real(*call) == 0)
+    assert stored.batch_set_v1(KEYS, tokens_of(pool, 1, 2, 3)) == [True] * 3
+    first.blocks.clear()
+    assert stored.batch_exists(KEYS) == 3
+    assert stored.batch_get_v1(KEYS, tokens_of(pool, 4, 5, 6)) == [True] * 3
+    assert all(torch.equal(pool.page(4 + n), page) for n, page in enumerate(saved))
+    second.blocks.clear()
+    assert stored.batch_get_v1(KEYS, tokens_of(pool, 4, 5, 6)) == [False] * 3
+
+
 def test_a_store_that_is_bypassed_is_offered_nothing(stored: Any, pool: HostPool) -> None:
     stored._stores[0].bypassed = True
     assert stored.batch_set_v1(KEYS, tokens_of(pool, 1, 2, 3)) == [True] * 3

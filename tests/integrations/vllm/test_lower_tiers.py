@@ -135,6 +135,19 @@ def test_a_store_that_breaks_its_contract_costs_only_hits(
     assert "cannot save chunks" in caplog.text
 
 
+def test_outcomes_that_are_no_integers_are_no_hits(
+    make: MakeNode, store: DictStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(make, store, KEYS[:2])
+    load = store.load
+    monkeypatch.setattr(store, "load", lambda *call: load(*call) == 0)  # False equals `HIT`
+    store.lost = set(store.blocks)
+    node, context = make(8, [store]), context_of(KEYS)
+    for _ in range(2):
+        node.look_up(KEYS[:2], context)
+    assert node.look_up(KEYS[:2], context) == [MISS, MISS]
+
+
 def test_chunks_that_find_no_room_are_misses(make: MakeNode, store: DictStore) -> None:
     fill(make, store, KEYS[:6])
     node, context = make(4, [store]), context_of(KEYS)
