@@ -22,7 +22,8 @@ from kvpager.testing import tiny_llama_path
 from tests.support.servers import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPT = "The with statement "
+# In bfloat16 no token of the reply is a near tie, which another kernel would decide otherwise.
+PROMPT = "The class definition "
 GREEDY: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": PROMPT}],
