@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
+
+from tests.support.stand_ins import importable
 
 
 @dataclass
@@ -84,24 +82,6 @@ _MODULES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@contextmanager
-def installed(version: str = "0.5.23") -> Iterator[None]:
+def installed(version: str = "0.5.23") -> AbstractContextManager[None]:
     """Make the stand-ins importable as SGLang, unless SGLang is installed."""
-    if find_spec("sglang") is not None:
-        yield
-        return
-    added = dict[str, ModuleType]()
-    for name, members in _MODULES.items():
-        parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            parent = ".".join(parts[:count])
-            added.setdefault(parent, ModuleType(parent))
-        for member in members:
-            setattr(added[name], member.__name__, member)
-    added["sglang"].__version__ = version  # type: ignore[attr-defined]
-    sys.modules.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
+    return importable("sglang", version, _MODULES.items())

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from tests.support import vllm_attention_stand_ins
+from tests.support.stand_ins import importable
 
 _config: list[Any] = []
 
@@ -313,25 +312,8 @@ _MODULES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@contextmanager
-def installed(version: str = "0.32.0") -> Iterator[None]:
+def installed(version: str = "0.32.0") -> AbstractContextManager[None]:
     """Make the stand-ins importable as vLLM, unless vLLM is installed."""
-    if find_spec("vllm") is not None:
-        yield
-        return
-    added = dict[str, ModuleType]()
-    for name, members in (*_MODULES.items(), *vllm_attention_stand_ins.MODULES.items()):
-        parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            parent = ".".join(parts[:count])
-            added.setdefault(parent, ModuleType(parent))
-        for member in members:
-            setattr(added[name], member.__name__, member)
-    added["vllm"].__version__ = version
-    added["vllm.platforms"].current_platform = SimpleNamespace(device_type="cpu")
-    sys.modules.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
+    modules = (*_MODULES.items(), *vllm_attention_stand_ins.MODULES.items())
+    platform = SimpleNamespace(device_type="cpu")
+    return importable("vllm", version, modules, current_platform=platform)
