@@ -147,10 +147,10 @@ class LowerTiers:
             deadline = time.monotonic() + _FETCH_S
             for number, store in enumerate(self.stores):
                 asked = [chunk for chunk in chunks if chunk.store == number]
-                names = [self._store_key(chunk.key) for chunk in asked]
-                buffers = [memoryview(self._rows[chunk.slot]) for chunk in asked]
                 if not asked:
                     continue
+                names = [self._store_key(chunk.key) for chunk in asked]
+                buffers = [memoryview(self._rows[chunk.slot]) for chunk in asked]
                 outcomes = store.load(names, buffers, deadline)
                 check_outcomes(outcomes, len(asked))
                 pairs = zip(asked, outcomes, strict=True)

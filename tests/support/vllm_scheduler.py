@@ -109,7 +109,7 @@ class KvpagerKVCacheManager(KVCacheManager):
         if sequence is None:
             sequence = manager.allocate(ids, **_key(request, end))
             self.sequences[request.request_id] = sequence
-            # A partly equal block is computed anew: vLLM begins at a whole block.
+            # vLLM begins at a whole block: it computes all of a block that is equal only in part.
             assert sequence.num_cached_tokens // self.block_size == len(shared)
         elif end > len(sequence):
             assert not len(manager.append(sequence, ids[len(sequence) :]).copies)

@@ -35,7 +35,7 @@ class Histories(RuleBasedStateMachine):
         self.writing: dict[int, bytes] = {}
         self.pins: list[int] = []  # a slot for each pin
         self.nameless: set[int] = set()
-        self.parents: dict[bytes, bytes] = {}  # of keys with a slot, if the tier was told
+        self.parents: dict[bytes, bytes] = {}  # of keys with a slot, where the test passed them
         self.queue: list[bytes] = []  # idle keys, least recently used first
 
     # ---------------------------------------------------------------- the model
