@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpager.simulate import replay, textfile
+from kvpager import _textfile as textfile
+from kvpager.simulate import replay
 from kvpager.simulate.generate import generate_trace
 from kvpager.simulate.replay import read_trace
 from tests.simulate.test_replay import line
