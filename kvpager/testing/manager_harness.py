@@ -155,7 +155,9 @@ class ManagerHarness:
         """Return the result of a call that takes at most `most` blocks, or None if refused."""
         manager = self.manager
         room = manager.num_free_blocks
-        before = self.state() if room < most or self.setup.quotas else None
+        # A region may be too short for what all free blocks could hold.
+        may_refuse = room < most or self.setup.quotas or hasattr(manager, "region_blocks")
+        before = self.state() if may_refuse else None
         try:
             return function(*arguments, **options)
         except OutOfBlocks as error:
