@@ -16,6 +16,7 @@ from kvpager.cli.demo import demo
 from kvpager.cli.env import env
 from kvpager.cli.errors import Command, Commands, Group, Program
 from kvpager.cli.mutants import mutants
+from kvpager.cli.report import report
 from kvpager.cli.run import PASS_THROUGH, run
 from kvpager.cli.simulate import simulate
 from kvpager.cli.tiers import gc, ls, stats, verify
@@ -53,7 +54,7 @@ def kvpager_command(
     """Paged KV-cache memory for PyTorch LLM inference."""
 
 
-for command in (demo, env, simulate, check, mutants):
+for command in (demo, env, simulate, report, check, mutants):
     app.command(cls=Command)(command)
 app.command(cls=Program, context_settings=PASS_THROUGH)(run)
 bench.command(cls=Command)(throughput)

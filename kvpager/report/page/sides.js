@@ -1,0 +1,126 @@
+// The comparison: what each side makes of the same memory at one step.
+
+function figuresOf(run, side, frame) {
+  const { frames, reserved, blockSize, numBlocks } = run;
+  if (side === "reserved") {
+    const running = reserved.running[frame], live = reserved.tokens[frame];
+    const taken = running * reserved.regionBlocks * blockSize, slots = numBlocks * blockSize;
+    return { running, waiting: reserved.waiting[frame], live, open: taken - live, cached: 0, free: slots - taken, taken };
+  }
+  const taken = frames.held[frame] * blockSize, live = frames.tokens[frame];
+  return {
+    running: frames.running[frame], waiting: 0, live, open: taken - live, cached: frames.cached[frame] * blockSize,
+    free: frames.free[frame] * blockSize, taken,
+  };
+}
+
+function showVerdict(run, side, frame, root) {
+  const f = figuresOf(run, side, frame), noun = run.noun;
+  const more = side === "reserved"
+    ? f.waiting ? `${counted(f.running, noun)} run, ${whole(f.waiting)} wait for a region` : `${counted(f.running, noun)} run, none waits`
+    : `${counted(f.running, noun)} run${f.running === 1 ? "s" : ""}${frameNotes(run, frame)}`;
+  root.querySelector(".verdict").replaceChildren(
+    element("b", {}, f.taken ? percent(f.live, f.taken) : "–"),
+    element("span", {}, f.taken ? "of the memory it has taken holds tokens" : "nothing is taken",
+      element("em", f.waiting ? { class: "bad" } : {}, more)));
+}
+
+function frameNotes(run, frame) {
+  const { held, host } = run.frames, shared = run.frames.saved[frame], notes = [];
+  if (shared) notes.push(`sharing saves ${counted(shared, "block")}`);
+  if (host[frame]) notes.push(`${counted(host[frame], "block")} swapped out`);
+  return notes.length ? `; ${notes.join(", ")}` : held[frame] ? ", none waits for a region" : "";
+}
+
+const SHARES = {
+  live: ["holds tokens", "Slots that hold a token: the memory does its work."],
+  open: ["taken, empty", "Slots that are taken and hold no token: nobody else can use them now."],
+  cached: ["cached", "Slots of finished prompts, kept while there is room: a prompt that begins alike reuses them."],
+  free: ["free", "Slots that any request may take."],
+};
+
+class Bar {
+  constructor(run, side, root) {
+    Object.assign(this, { run, side, parts: {} });
+    for (const [name, [, meaning]] of Object.entries(SHARES)) {
+      const part = this.parts[name] = element("span", { class: name, role: "listitem", tip: () => `${this.words[name]}. ${meaning}` }, element("span"));
+      root.append(part);
+    }
+  }
+
+  show(frame) {
+    const f = figuresOf(this.run, this.side, frame), all = f.taken + f.cached + f.free;
+    this.words = {};
+    for (const [name, part] of Object.entries(this.parts)) {
+      const share = all ? f[name] / all : 0;
+      const words = this.words[name] = `${percent(f[name], all)} ${SHARES[name][0]}`;
+      part.style.flex = `${share} 0 0px`;
+      part.hidden = f[name] <= 0;
+      part.setAttribute("aria-label", words);
+      part.firstChild.textContent = share > .2 ? words : share > .07 ? percent(f[name], all) : "";
+    }
+  }
+}
+
+function showBelow(run, side, frame, root, pick) {
+  const below = root.querySelector(".below"), { reserved, noun } = run;
+  if (side === "paged") {
+    const { held, cached } = run.frames;
+    return below.replaceChildren(`${counted(held[frame], "block")} held, ${whole(cached[frame])} cached, ${whole(run.frames.free[frame])} free.`);
+  }
+  if (!reserved.regions) return below.replaceChildren(`Not one region of ${whole(reserved.maxTokens)} tokens fits into this memory.`);
+  if (!reserved.waiting[frame]) return below.replaceChildren(`${whole(reserved.running[frame])} of ${counted(reserved.regions, "region")} taken.`);
+  const names = reserved.waitingIds[frame], more = reserved.waiting[frame] - names.length;
+  below.replaceChildren("Would be refused now: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : "");
+}
+
+function chip(request, pick) {
+  return element("button", {
+    type: "button", class: "chip", style: { "border-left-color": colourOf(request) },
+    tip: `Request ${request}: press to mark its blocks and to see its life.`, on: { click: () => pick(request) },
+  }, `${request}`);
+}
+
+// -------------------------------------------------------------------- the legend of the maps
+
+const LOOKS = [
+  ["live", "tokens of a request", "Filled: slots with tokens; each request has a colour and, if there is room, its number."],
+  ["open", "taken, still empty", "Lines: slots that are taken and hold no token yet."],
+  ["shared", "shared", "Dark: a block that is stored once and that several sequences read."],
+  ["cached", "cached", "Dots: a block of a finished prompt, kept for a prompt that begins alike."],
+  ["free", "free", "Plain: a block that any request may take."],
+];
+
+function showLegend(run) {
+  document.getElementById("legend").replaceChildren(...LOOKS.map(([look, name, meaning]) => {
+    const ratio = Math.max(1, devicePixelRatio), canvas = element("canvas", { width: 22 * ratio, height: 22 * ratio, "aria-hidden": "true" });
+    const context = canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    context.fillStyle = { live: theme.requests[0], open: pattern(context, "hatch", theme.requests[0]), shared: theme.shared, cached: pattern(context, "dots", theme.cached), free: theme.free }[look];
+    context.fillRect(0, 0, 22, 22);
+    if (look === "shared") {
+      context.font = "600 11px system-ui, sans-serif";
+      context.fillStyle = theme.card;
+      context.fillText("×3", 4.5, 15);
+    }
+    return element("li", { tip: meaning }, canvas, name);
+  }), ...(run.cellBlocks > 1 ? [element("li", { tip: "There are too many blocks to draw each: a cell adds up its blocks, and is as full as they are." }, `1 cell = ${whole(run.cellBlocks)} blocks`)] : []));
+}
+
+function showHeadline(run, frame) {
+  const paged = figuresOf(run, "paged", frame), reserved = figuresOf(run, "reserved", frame), { noun } = run;
+  document.getElementById("run-name").textContent = [
+    `kvpager ${run.version}`, { engine: "engine", patch: "patched model", simulate: "simulation", manager: "block manager" }[run.source], run.model, run.mode === "paged" ? null : `mode ${run.mode}`,
+  ].filter(Boolean).join(" · ");
+  const most = `At its busiest, paging runs ${counted(paged.running, noun)} at once.`;
+  const other = reserved.running < paged.running
+    ? ` Reserving has room for ${whole(reserved.running)}.`
+    : " So does reserving, and keeps more memory empty.";
+  document.getElementById("headline").textContent = most + (paged.running ? other : "");
+  document.getElementById("lead").textContent =
+    `Both have the same memory: ${counted(run.numBlocks, "block")} of ${counted(run.blockSize, "token")}${run.blockBytes ? ` (${bytes(run.numBlocks * run.blockBytes)})` : ""}. ` +
+    `Reserving sets aside room for the longest possible text, ${whole(run.reserved.maxTokens)} tokens, for every ${noun}. Paging hands out a block when there are tokens for it, and stores what prompts share once.`;
+  document.getElementById("compare-note").textContent =
+    `Move the slider at the bottom of the page, or press play. A request on the left is as far as it is on the right, as soon as it has a region. ` +
+    (run.reserved.isLongest ? `The run names no maximum, so a region is as long as the longest ${noun} that it had.` : `A region is as long as the run allows a ${noun} to become.`);
+}
