@@ -77,6 +77,7 @@ def _frames(run: Run, moments: Sequence[Moment]) -> dict[str, list[Any]]:
         "host": [each.counts.host for each in moments],
         "tokens": [each.counts.tokens for each in moments],
         "running": [each.num_running for each in moments],
+        "swapped": [len(each.lengths) - each.num_running for each in moments],
         "saved": [each.saved for each in moments],
         "tree": [each.tree for each in moments],
     }

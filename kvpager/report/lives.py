@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,8 @@ class Life:
     @property
     def interest(self) -> tuple[int, int]:
         """Return more for a life in which more happened. O(states)."""
-        return len(self.kinds), min(len(self.states) + len(self.chunks), 40)
+        # Many times the same state says little.
+        return len(self.kinds) + (self.end is not None), min(len(self.states), 6)
 
     def segments(self) -> Iterator[list[Any]]:
         """Yield [kind, first step, end, first token, tokens, chunks], in order. O(events)."""
@@ -68,8 +69,19 @@ class Life:
             "cached": self.cached,
             "end": self.end,
             "note": ", ".join(names[kind] for kind in odd),
-            "segments": list(self.segments())[:SEGMENTS_MAX],
+            "segments": _joined(self.segments())[:SEGMENTS_MAX],
         }
+
+
+def _joined(segments: Iterable[list[Any]]) -> list[list[Any]]:
+    """Return the segments; those of one kind that touch are one. Chunks stay apart."""
+    joined: list[list[Any]] = []
+    for segment in segments:
+        if joined and joined[-1][0] == segment[0] != "prefill" and joined[-1][2] == segment[1]:
+            joined[-1][2] = segment[2]
+        else:
+            joined.append(segment)
+    return joined
 
 
 class Lives:

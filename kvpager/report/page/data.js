@@ -37,7 +37,12 @@ function cellAt(run, side, frame, index) {
 
 const counted = (number, noun) => `${whole(number)} ${noun}${number === 1 ? "" : "s"}`;
 const whole = number => Math.round(number).toLocaleString("en-US");
-const percent = (part, all) => `${all ? Math.round(100 * part / all) : 0}%`;
+
+function percent(part, all) {
+  const share = all ? 100 * part / all : 0;
+  if (share > 99 && share < 100) return `${Math.min(99.9, share).toFixed(1)}%`;
+  return share > 0 && share < .5 ? "<1%" : `${Math.round(share)}%`;
+}
 
 function bytes(number) {
   for (const unit of ["B", "KiB", "MiB", "GiB", "TiB"]) {

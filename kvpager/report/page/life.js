@@ -62,7 +62,7 @@ class Life {
     svg.append(
       drawn("text", { x: 92, y: height - 4 }, `step ${whole(life.first)}`),
       drawn("line", { class: life.end ? "line" : "line dashed", x1: x(life.last), x2: x(life.last), y1: 2, y2: floor }),
-      drawn("text", { class: "strong", x: width(x, life), y: height - 4, "text-anchor": "end", role: "img", "aria-label": words, tip: words }, `${life.end ?? "still runs"} ${whole(life.last)}`));
+      drawn("text", { class: "strong", x: width(x, life), y: height - 4, "text-anchor": "end", role: "img", "aria-label": words, tip: words }, life.end ? `${life.end} ${whole(life.last)}` : "still runs"));
   }
 
   show(frame) {

@@ -1,10 +1,11 @@
 // A map of the memory: one cell for each block, or for several when there are many.
 
+const MAP_HEIGHT = 330; // about, so that both maps fit on a screen
+
 class MemoryMap {
   constructor(run, side, root, pick) {
     Object.assign(this, { run, side, root, frame: 0, selected: null, at: 0 });
     this.canvas = root.querySelector("canvas");
-    this.region = side === "reserved" ? run.reserved.regionCells : 0;
     const over = event => this.point(this.cellUnder(event), event);
     this.canvas.addEventListener("pointermove", over);
     this.canvas.addEventListener("pointerleave", () => { hideTip(); this.paintCursor(false); });
@@ -18,7 +19,7 @@ class MemoryMap {
   resize() {
     const width = this.canvas.parentElement.clientWidth - 2 * 18;
     const { numCells } = this.run;
-    let columns = Math.ceil(Math.sqrt(numCells * 1.15));
+    let columns = Math.ceil(Math.sqrt(numCells * Math.max(.9, width / MAP_HEIGHT)));
     const regionCells = this.run.reserved.regionCells;
     if (regionCells > 1 && regionCells <= columns * 1.5) columns = Math.max(1, Math.round(columns / regionCells)) * regionCells;
     columns = Math.max(1, Math.min(columns, Math.floor(width / 7), numCells));
@@ -45,14 +46,17 @@ class MemoryMap {
   }
 
   box(index) {
-    const x = index % this.columns * this.size, y = Math.floor(index / this.columns) * this.size;
-    // The cells of one region touch: it is one piece.
-    const last = !this.region || index % this.region === this.region - 1 || this.isRest(index);
-    return [x, y, this.size - (last ? this.gap : 0), this.size - this.gap];
+    const column = index % this.columns, row = Math.floor(index / this.columns);
+    const edge = at => Math.round(at * this.size * this.ratio) / this.ratio; // on a pixel, so that no seam shows
+    const x = edge(column), y = edge(row);
+    return [x, y, edge(column + 1) - x - (this.goesOn(index) ? 0 : this.gap), edge(row + 1) - y - this.gap];
   }
 
-  isRest(index) {
-    return this.side === "reserved" && this.region > 0 && index >= this.run.reserved.regions * this.region;
+  // The cells of a region touch: it is one piece.
+  goesOn(index) {
+    if (this.side === "paged" || (index + 1) % this.columns === 0 || index + 1 >= this.run.numCells) return false;
+    const { owner } = cellAt(this.run, this.side, this.frame, index);
+    return owner !== null && owner === cellAt(this.run, this.side, this.frame, index + 1).owner;
   }
 
   paint(index) {
@@ -80,7 +84,7 @@ class MemoryMap {
   // A shared cell has a ring, and says how many hold it if there is room.
   mark(cell, x, y, width, height) {
     const { context } = this;
-    if (this.size >= 18) return this.write(`×${cell.holders}`, x + width / 2, y + height / 2, width - 2);
+    if (this.size >= 18) return this.write(`×${cell.holders}`, x + width / 2, y + height / 2, width - 2, theme.card);
     if (this.size < 6) return;
     const inset = this.size > 11 ? 3 : 2;
     context.strokeStyle = theme.card;
@@ -90,19 +94,19 @@ class MemoryMap {
 
   // One label for each region; on the paged side each block has one.
   startsHere(index, cell) {
-    return this.side === "paged" || index % this.region === 0 || index % this.columns === 0;
+    if (this.side === "paged" || index % this.columns === 0) return true;
+    return cellAt(this.run, this.side, this.frame, index - 1).owner !== cell.owner;
   }
 
   label(cell, x, y, live, height) {
-    const text = String(cell.owner);
-    if (live >= this.size * .55) this.write(text, x + live / 2, y + height / 2, live - 2);
+    if (live >= this.size * .55) this.write(String(cell.owner), x + live / 2, y + height / 2, live - 2, inkOn(colourOf(cell.owner)));
   }
 
-  write(text, x, y, room) {
+  write(text, x, y, room, colour) {
     const { context } = this;
     context.font = `600 ${Math.min(12, this.size * .46)}px system-ui, sans-serif`;
     if (context.measureText(text).width > room) return;
-    context.fillStyle = theme.card;
+    context.fillStyle = colour;
     context.textAlign = "center";
     context.textBaseline = "middle";
     context.fillText(text, x, y + .5);

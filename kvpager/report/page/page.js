@@ -69,6 +69,12 @@ function readTheme() {
 
 const colourOf = owner => owner < 0 ? theme.soft : theme.requests[owner % NUM_COLOURS];
 
+// Black or white, whichever is easier to read on a colour such as "#2f74d0".
+function inkOn(colour) {
+  const [r, g, b] = [1, 3, 5].map(at => (parseInt(colour.slice(at, at + 2), 16) / 255) ** 2.2);
+  return .2126 * r + .7152 * g + .0722 * b > .3 ? "#14171a" : "#ffffff";
+}
+
 // A tile that repeats: diagonal lines for room that is taken and empty, dots for cached blocks.
 function pattern(context, kind, colour) {
   const key = kind + colour;

@@ -9,7 +9,7 @@ function figuresOf(run, side, frame) {
   }
   const taken = frames.held[frame] * blockSize, live = frames.tokens[frame];
   return {
-    running: frames.running[frame], waiting: 0, live, open: taken - live, cached: frames.cached[frame] * blockSize,
+    running: frames.running[frame], swapped: frames.swapped[frame], waiting: 0, live, open: taken - live, cached: frames.cached[frame] * blockSize,
     free: frames.free[frame] * blockSize, taken,
   };
 }
@@ -17,8 +17,8 @@ function figuresOf(run, side, frame) {
 function showVerdict(run, side, frame, root) {
   const f = figuresOf(run, side, frame), noun = run.noun;
   const more = side === "reserved"
-    ? f.waiting ? `${counted(f.running, noun)} run, ${whole(f.waiting)} wait for a region` : `${counted(f.running, noun)} run, none waits`
-    : `${counted(f.running, noun)} run${f.running === 1 ? "s" : ""}${frameNotes(run, frame)}`;
+    ? `${counted(f.running, noun)} run${f.running === 1 ? "s" : ""}, ${f.waiting ? whole(f.waiting) : "none"} wait${f.waiting > 1 ? "" : "s"} for a region`
+    : `${counted(f.running, noun)} run${f.running === 1 ? "s" : ""}${f.swapped ? `, ${whole(f.swapped)} ${f.swapped > 1 ? "are" : "is"} swapped out` : ""}`;
   root.querySelector(".verdict").replaceChildren(
     element("b", {}, f.taken ? percent(f.live, f.taken) : "–"),
     element("span", {}, f.taken ? "of the memory it has taken holds tokens" : "nothing is taken",
@@ -26,10 +26,10 @@ function showVerdict(run, side, frame, root) {
 }
 
 function frameNotes(run, frame) {
-  const { held, host } = run.frames, shared = run.frames.saved[frame], notes = [];
-  if (shared) notes.push(`sharing saves ${counted(shared, "block")}`);
-  if (host[frame]) notes.push(`${counted(host[frame], "block")} swapped out`);
-  return notes.length ? `; ${notes.join(", ")}` : held[frame] ? ", none waits for a region" : "";
+  const host = run.frames.host[frame], saved = run.frames.saved[frame], notes = [];
+  if (saved) notes.push(`sharing saves ${whole(saved)}`);
+  if (host) notes.push(`${whole(host)} in host memory`);
+  return notes.map(each => `; ${each}`).join("");
 }
 
 const SHARES = {
@@ -41,7 +41,7 @@ const SHARES = {
 
 class Bar {
   constructor(run, side, root) {
-    Object.assign(this, { run, side, parts: {} });
+    Object.assign(this, { run, root, parts: {}, side });
     for (const [name, [, meaning]] of Object.entries(SHARES)) {
       const part = this.parts[name] = element("span", { class: name, role: "listitem", tip: () => `${this.words[name]}. ${meaning}` }, element("span"));
       root.append(part);
@@ -57,7 +57,8 @@ class Bar {
       part.style.flex = `${share} 0 0px`;
       part.hidden = f[name] <= 0;
       part.setAttribute("aria-label", words);
-      part.firstChild.textContent = share > .2 ? words : share > .07 ? percent(f[name], all) : "";
+      const room = share * this.root.clientWidth;
+      part.firstChild.textContent = [words, percent(f[name], all)].find(each => each.length * 6.8 + 16 < room) ?? "";
     }
   }
 }
@@ -66,7 +67,7 @@ function showBelow(run, side, frame, root, pick) {
   const below = root.querySelector(".below"), { reserved, noun } = run;
   if (side === "paged") {
     const { held, cached } = run.frames;
-    return below.replaceChildren(`${counted(held[frame], "block")} held, ${whole(cached[frame])} cached, ${whole(run.frames.free[frame])} free.`);
+    return below.replaceChildren(`${counted(held[frame], "block")} held, ${whole(cached[frame])} cached, ${whole(run.frames.free[frame])} free${frameNotes(run, frame)}.`);
   }
   if (!reserved.regions) return below.replaceChildren(`Not one region of ${whole(reserved.maxTokens)} tokens fits into this memory.`);
   if (!reserved.waiting[frame]) return below.replaceChildren(`${whole(reserved.running[frame])} of ${counted(reserved.regions, "region")} taken.`);
@@ -119,8 +120,8 @@ function showHeadline(run, frame) {
   document.getElementById("headline").textContent = most + (paged.running ? other : "");
   document.getElementById("lead").textContent =
     `Both have the same memory: ${counted(run.numBlocks, "block")} of ${counted(run.blockSize, "token")}${run.blockBytes ? ` (${bytes(run.numBlocks * run.blockBytes)})` : ""}. ` +
-    `Reserving sets aside room for the longest possible text, ${whole(run.reserved.maxTokens)} tokens, for every ${noun}. Paging hands out a block when there are tokens for it, and stores what prompts share once.`;
+    `Reserving sets aside room for the longest possible text, ${whole(run.reserved.maxTokens)} tokens, for every ${noun}. Paging hands out blocks as tokens come, and stores once what prompts share.`;
   document.getElementById("compare-note").textContent =
-    `Move the slider at the bottom of the page, or press play. A request on the left is as far as it is on the right, as soon as it has a region. ` +
-    (run.reserved.isLongest ? `The run names no maximum, so a region is as long as the longest ${noun} that it had.` : `A region is as long as the run allows a ${noun} to become.`);
+    `Move the slider below, or press play. On the left, a ${noun} with a region is as far as it is on the right.` +
+    (run.reserved.isLongest ? ` The run has no maximum length: a region is as long as its longest ${noun}.` : "");
 }

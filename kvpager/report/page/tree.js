@@ -30,13 +30,14 @@ class PrefixTree {
     const squares = Array.from({ length: Math.min(blocks, TREE_SQUARES) }, () => element("i"));
     const more = blocks > TREE_SQUARES ? [element("u", {}, `+${whole(blocks - TREE_SQUARES)}`)] : [];
     const place = parent < 0 ? "The first" : "After the blocks above, the next";
-    const others = holders - requests.length;
+    const others = holders - requests.length, saves = blocks * (holders - 1);
     return element("div", {
       class: "node",
-      tip: `${place} ${counted(blocks, "block")} of ${counted(holders, "sequence")} are the same: stored once, they save ${counted(blocks * (holders - 1), "block")}.`,
+      tip: `${place} ${counted(blocks, "block")} of ${counted(holders, "sequence")} are the same: stored once, they save ${counted(saves, "block")}.`,
     },
     element("span", { class: "run", "aria-hidden": "true" }, ...squares, ...more),
-    element("b", {}, `${counted(blocks, "block")} × ${counted(holders, "sequence")}`),
+    element("b", {}, `${counted(blocks, "block")} shared by ${whole(holders)}`),
+    element("span", { class: "who" }, `saves ${whole(saves)}`),
     element("span", {}, ...requests.map(each => chip(each, this.pick)), element("span", { class: "who" }, others > 0 ? ` and ${whole(others)} more` : "")));
   }
 }
