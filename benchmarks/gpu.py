@@ -1,4 +1,4 @@
-"""Measure the kernels on a GPU: bandwidth, TFLOP/s, shared prefixes, copies, the allocator.
+"""Measure the kernels on a GPU: bandwidth, TFLOP/s, shared prefixes, copies, the allocator, rows.
 
     python benchmarks/gpu.py --minutes 6            # everything, the most important parts first
     python benchmarks/gpu.py --only decode,shared   # some parts
@@ -37,7 +37,7 @@ import torch
 # As a file of its own, too: `python benchmarks/gpu.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu_attention, gpu_copies, gpu_engine, timing
+from benchmarks import gpu_attention, gpu_copies, gpu_engine, gpu_virtual, timing
 from benchmarks.gpu_rig import Rig
 
 # The parts, the most important first, and the maximum share of the minutes of each.
@@ -51,6 +51,7 @@ PARTS: dict[str, tuple[Callable[[Rig], None], int]] = {
     "append": (gpu_copies.append, 4),
     "copies": (gpu_copies.copies, 4),
     "step_alloc": (gpu_copies.allocator_steps, 3),
+    "virtual": (gpu_virtual.virtual, 4),
     "soak": (gpu_copies.allocator_soak, 7),
     "decode_shapes": (gpu_attention.decode_shapes, 10),
 }

@@ -211,15 +211,8 @@ class Pool:
 
     def call(self, layer: int, share: bool = True, cu_seqlens_q: Tensor | None = None) -> Call:
         """Return an attention call for one layer, planned ahead if the kernel has plans."""
-        caches, scales = self.storage.layer(layer), self.storage.scales(layer)
-        tensors = (self.query, *caches, self.block_tables, self.seq_lens)
-        if not planned(self.rig.device):
-            return partial(paged_attention, *tensors, cu_seqlens_q, scales=scales)
-        from kvpager.kernels.gpu.attention import attend, plan_attention
-
         args = AttentionArgs(self.block_tables, self.seq_lens, cu_seqlens_q)
-        plan = plan_attention(self.query, *caches, args, share=share)
-        return partial(attend, self.query, *caches, args, plan, scales=scales)
+        return attention_call(self.query, self.storage, layer, args, share=share)
 
     def check(self, name: str, call: Call, layer: int = 0, rows: int = 2) -> None:
         """Compare a decode with the reference for a few rows. Raises: `WrongResult`."""
@@ -230,6 +223,20 @@ class Pool:
             scales=self.storage.scales(layer),
         )
         require_close(name, call()[:rows], expected)
+
+
+def attention_call(
+    query: Tensor, storage: BlockStorage, layer: int, args: AttentionArgs, *, share: bool = True
+) -> Call:
+    """Return an attention call over block tables, planned ahead if the kernel has plans."""
+    caches, scales = storage.layer(layer), storage.scales(layer)
+    if not planned(query.device):
+        tables = args.block_tables, args.seq_lens, args.cu_seqlens_q
+        return partial(paged_attention, query, *caches, *tables, scales=scales)
+    from kvpager.kernels.gpu.attention import attend, plan_attention
+
+    plan = plan_attention(query, *caches, args, share=share)
+    return partial(attend, query, *caches, args, plan, scales=scales)
 
 
 def planned(device: torch.device) -> bool:

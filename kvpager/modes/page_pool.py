@@ -13,6 +13,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kvpager.modes.protocol import NO_PAGE
 
 SYSTEM_PAGE_BYTES = mmap.PAGESIZE
 _READ, _READ_WRITE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
@@ -51,7 +54,7 @@ class PagePool:
             )
         if not sys.platform.startswith("linux"):
             raise OSError('mode="virtual": needs Linux. Take mode="paged".')
-        self.page_bytes = page_bytes
+        self.page_bytes, self.num_drops = page_bytes, 0  # a page stays a place in the file
         self._file = os.memfd_create("kvpager", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
         #: All pages, uint8 [pages, page_bytes]. Views of it keep the memory mapped.
@@ -77,6 +80,10 @@ class PagePool:
             if _libc().fallocate(self._file, mode, size, num_dropped * self.page_bytes):
                 raise _error("cannot give memory back")
 
+    def open_range(self, num_pages: int, num_mappings: int) -> AddressRange:
+        """Reserve addresses of `num_pages` pages, for up to `num_mappings` runs. See there."""
+        return AddressRange(self, num_pages, num_mappings)
+
     def map(self, address: int, page: int, count: int = 1) -> None:
         """Map `count` pages from `page` on at `address`, in place of what is there. O(1).
 
@@ -92,12 +99,13 @@ class AddressRange:
     A write outside of the mapped pages ends the process with SIGSEGV.
     """
 
-    def __init__(self, num_bytes: int, num_mappings: int) -> None:
+    def __init__(self, pool: PagePool, num_pages: int, num_mappings: int) -> None:
         """Reserve addresses, which take no memory, for up to `num_mappings` runs of pages. O(1).
 
         Raises: `ValueError` if the system allows fewer mappings; `OSError` if it lacks addresses.
         """
         _check_num_mappings(num_mappings)
+        self._pool, num_bytes = pool, num_pages * pool.page_bytes
         flags = _PRIVATE | _ANONYMOUS | _NO_RESERVE
         self._memory = mmap.mmap(-1, num_bytes, flags, _READ_WRITE)
         self.address = self._bytes().ctypes.data
@@ -117,13 +125,30 @@ class AddressRange:
         """True if a view of a `tensor` still exists. O(tensors)."""
         return any(user() is not None for user in self._users)
 
+    def enter(self) -> None:
+        """Do nothing: a CPU reads at once."""
+
+    def show(self, changes: Iterable[tuple[int, int, int]]) -> None:
+        """Show runs of pages at runs of places: (place, first page or `NO_PAGE`, count) each.
+
+        One call of the system for each. O(changes). Raises: `OSError` if the system refuses.
+        """
+        page_bytes = self._pool.page_bytes
+        for place, page, count in changes:
+            if page == NO_PAGE:
+                self.unmap(place * page_bytes, count * page_bytes)
+            else:
+                self._pool.map(self.address + place * page_bytes, page, count)
+
     def unmap(self, start: int, num_bytes: int) -> None:
         """Let `num_bytes` from `start` on read as zeros, and refuse writes. O(pages)."""
         flags = _PRIVATE | _ANONYMOUS | _NO_RESERVE | _FIXED
         _map(self.address + start, num_bytes, _READ, flags)
 
-    def part_from_pages(self, start: int, num_bytes: int) -> None:
-        """Replace the pages mapped at `start` by a private copy of their content. O(bytes)."""
+    def part_from_pages(self, place: int, count: int) -> None:
+        """Replace the pages shown at places by a private copy of their content. O(bytes)."""
+        page_bytes = self._pool.page_bytes
+        start, num_bytes = place * page_bytes, count * page_bytes
         content = self._bytes()[start : start + num_bytes].copy()
         flags = _PRIVATE | _ANONYMOUS | _FIXED
         _map(self.address + start, num_bytes, _READ_WRITE, flags)

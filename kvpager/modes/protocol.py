@@ -2,22 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kvpager.modes.page_pool import PagePool
 from kvpager.ops import LayerCaches
 from kvpager.plans import Int32
 from kvpager.storage.layout import StorageLayout
+
+NO_PAGE = -1
+
+
+class PageRange(Protocol):
+    """A range of addresses, in which each place shows a page of a pool or none."""
+
+    def tensor(self) -> Tensor:
+        """Return the range, uint8 [bytes]. Views of it keep the range and its mappings. O(1)."""
+
+    @property
+    def is_in_use(self) -> bool:
+        """True if a view of a `tensor` still exists. O(tensors)."""
+
+    def enter(self) -> None:
+        """Note that work queued from now on may read the range. O(1)."""
+
+    def show(self, changes: Iterable[tuple[int, int, int]]) -> None:
+        """Show runs of pages at runs of places: (place, first page or `NO_PAGE`, count) each.
+
+        O(pages). Raises: the system's error if it refuses. Call `show` again for all changes then.
+        """
+
+    def part_from_pages(self, place: int, count: int) -> None:
+        """Replace the pages shown at places by a private copy of their content. O(bytes)."""
+
+
+class Pages(Protocol):
+    """Equal pages of memory, as one tensor, which ranges of addresses show again.
+
+    Attributes:
+        page_bytes: of each page.
+        pages: all pages, uint8 [pages, page_bytes].
+        num_drops: changes if a page of a number becomes other memory. Ranges then show the old one.
+    """
+
+    page_bytes: int
+    pages: Tensor
+    num_drops: int
+
+    def resize(self, num_pages: int) -> None:
+        """Let `pages` be the first `num_pages` pages. Raises: errors of the allocation."""
+
+    def open_range(self, num_pages: int, num_mappings: int) -> PageRange:
+        """Reserve addresses of `num_pages` pages, for at most `num_mappings` runs. O(pages).
+
+        Raises: `ValueError` if the system allows fewer mappings; its error without addresses.
+        """
 
 
 class Memory(NamedTuple):
     """The memory of blocks: [blocks, elements per block], and its pages if they can be mapped."""
 
     tier: Tensor
-    pool: PagePool | None = None
+    pool: Pages | None = None
 
 
 class Rows(Protocol):
@@ -70,11 +118,17 @@ class Mode(Protocol):
         """None for block-first blocks. Token-first blocks are a multiple of this many bytes."""
 
     def allocate(
-        self, num_blocks: int, run: int, dtype: torch.dtype, device: torch.device, pinned: bool
+        self,
+        num_blocks: int,
+        layout: StorageLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        pinned: bool,
     ) -> Memory:
-        """Return uninitialised memory [num_blocks, run], `run` elements of `dtype` per block.
+        """Return uninitialised memory for blocks of `layout`, [blocks, elements] of `dtype`.
 
-        O(1), O(bytes) if page-locked. Raises: errors of the allocation.
+        O(1), O(bytes) if page-locked. Raises: errors of the allocation; `ValueError` for a layout,
+        device or `pinned` that the mode has no memory for.
         """
 
     def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:

@@ -1,7 +1,8 @@
 """Virtual: blocks anywhere in a pool, and mapped into a range of addresses for each row.
 
 Attention reads a row as one tensor. Sequences can still share blocks: a shared block is one page
-of memory at several addresses. The idea is vAttention's (Prabhu et al. 2024), here for a CPU.
+of memory at several addresses. The idea is vAttention's (Prabhu et al. 2024), whose code needs a
+GPU. `Virtual` is the mode on a CPU; `VirtualOnGpu` has the same rows over a GPU's pages.
 """
 
 from __future__ import annotations
@@ -10,37 +11,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvpager.modes.page_pool import SYSTEM_PAGE_BYTES, AddressRange, PagePool
-from kvpager.modes.protocol import Memory, layer_caches
+from kvpager.modes.page_pool import SYSTEM_PAGE_BYTES, PagePool
+from kvpager.modes.protocol import NO_PAGE, Memory, PageRange, Pages, layer_caches
 from kvpager.ops import LayerCaches
 from kvpager.plans import Int32
 from kvpager.storage.layout import StorageLayout
 
-_NONE = -1  # in tables: no block
 _UNKNOWN = -2  # in `_mapped`: differs from all blocks
 
 
 class Virtual:
-    """Blocks in pages that can be mapped at several addresses, token-first. Needs Linux, a CPU."""
+    """Blocks in pages that can be mapped at several addresses, token-first. Needs Linux."""
 
     name = "virtual"
     token_first = SYSTEM_PAGE_BYTES
 
     def allocate(  # noqa: D102
-        self, num_blocks: int, run: int, dtype: torch.dtype, device: torch.device, pinned: bool
+        self,
+        num_blocks: int,
+        layout: StorageLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        pinned: bool,
     ) -> Memory:
         if device.type != "cpu" or pinned:
             raise ValueError(
-                f'mode="virtual": needs device="cpu" and pinned=False, not device={str(device)!r}, '
-                f'pinned={pinned}. Take mode="paged".'
+                f'mode="virtual": needs a GPU of NVIDIA, or device="cpu" and pinned=False, not '
+                f'device={str(device)!r}, pinned={pinned}. Take mode="paged", or no host_memory.'
             )
-        pool = PagePool(num_blocks, run * dtype.itemsize)
+        pool = PagePool(num_blocks, layout.num_elements * dtype.itemsize)
         return Memory(pool.pages.view(dtype), pool)
 
     def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:  # noqa: D102
-        pool = _pool_of(memory)
-        pool.resize(num_blocks)
-        return Memory(pool.pages.view(memory.tier.dtype), pool)
+        return resized(memory, num_blocks)
 
     def open_rows(  # noqa: D102
         self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
@@ -48,11 +51,18 @@ class Virtual:
         return VirtualRows(memory, layout, num_rows, num_blocks)
 
 
+def resized(memory: Memory, num_blocks: int) -> Memory:
+    """Return `Mode.resized` for memory of pages, which stay where they are. O(pages on a GPU)."""
+    pool = _pool_of(memory)
+    pool.resize(num_blocks)
+    return Memory(pool.pages.view(memory.tier.dtype), pool)
+
+
 class VirtualRows:
     """Rows of addresses, in which `follow` maps the blocks of block tables.
 
-    Addresses without a block read as zeros. A write to them ends the process with SIGSEGV, so that
-    it never changes another row.
+    On a CPU, addresses without a block read as zeros. A write to them ends the process with
+    SIGSEGV, so that it never changes another row. On a GPU they must not be read either.
     """
 
     def __init__(
@@ -64,14 +74,13 @@ class VirtualRows:
         """
         self.num_rows, self.num_blocks = num_rows, num_blocks
         self._pool, self._layout, self._dtype = _pool_of(memory), layout, memory.tier.dtype
-        self._page_bytes = self._pool.page_bytes
         self._range, self._is_detached = self._new_range(), False
         self._begin()
 
-    def _new_range(self) -> AddressRange:
+    def _new_range(self) -> PageRange:
         num_blocks = self.num_rows * self.num_blocks
         # Each block may be a mapping of its own, and so may the rest of each row.
-        return AddressRange(num_blocks * self._page_bytes, num_blocks + self.num_rows)
+        return self._pool.open_range(num_blocks, num_blocks + self.num_rows)
 
     def _take_range(self) -> None:
         if self._is_detached:
@@ -79,8 +88,9 @@ class VirtualRows:
 
     def _begin(self) -> None:
         """Note that nothing is mapped."""
-        self._mapped: Int32 = np.full((self.num_rows, self.num_blocks), _NONE, np.int32)
+        self._mapped: Int32 = np.full((self.num_rows, self.num_blocks), NO_PAGE, np.int32)
         self._last: tuple[bytes, tuple[int, ...], bytes] | None = None  # the call of `follow`
+        self._num_drops = self._pool.num_drops
         self._caches: list[LayerCaches] = []
 
     def caches(self, layer: int) -> LayerCaches:  # noqa: D102
@@ -98,11 +108,11 @@ class VirtualRows:
         self._caches = []
         if not self._range.is_in_use:
             return
-        mapped = np.flatnonzero(self._mapped.ravel() != _NONE)
+        mapped = np.flatnonzero(self._mapped.ravel() != NO_PAGE)
         self._begin()
         self._is_detached = True  # the range belongs to those tensors: take another one when needed
         for start, count in _runs_of(mapped):
-            self._range.part_from_pages(start * self._page_bytes, count * self._page_bytes)
+            self._range.part_from_pages(start, count)
 
     def follow(self, rows: Int32, tables: Int32) -> None:
         """Map what changed, each run of neighbours by one call. O(blocks compared + runs changed).
@@ -111,15 +121,20 @@ class VirtualRows:
         with the arguments of the last one only compares them. Raises: `OSError` if the system
         refuses; then the next call maps what is missing.
         """
+        self._take_range()
+        self._range.enter()
+        if self._num_drops != self._pool.num_drops:
+            self._mapped[self._mapped != NO_PAGE] = _UNKNOWN
+            self._last, self._num_drops = None, self._pool.num_drops
         call = rows.tobytes(), tables.shape, tables.tobytes()
         if call == self._last:
             return
-        self._take_range()
         self._last = None
-        wanted = np.full((len(rows), self.num_blocks), _NONE, np.int32)
-        wanted[:, : tables.shape[1]] = np.maximum(tables, _NONE)
+        wanted = np.full((len(rows), self.num_blocks), NO_PAGE, np.int32)
+        wanted[:, : tables.shape[1]] = np.maximum(tables, NO_PAGE)
         index, column = np.nonzero(self._mapped[rows] != wanted)
-        self._map(rows[index], column, wanted[index, column])
+        if len(index):
+            self._map(rows[index], column, wanted[index, column])
         self._last = call
 
     def release(self, rows: Int32) -> None:
@@ -129,25 +144,20 @@ class VirtualRows:
     def _map(self, rows: Int32, columns: NDArray[np.int64], blocks: Int32) -> None:
         """Map a block, or none, at each place. Runs of places and blocks take one call."""
         places = rows.astype(np.int64) * self.num_blocks + columns
-        is_none = blocks == _NONE
+        is_none = blocks == NO_PAGE
         step = np.diff(blocks)
         is_next = np.diff(places) == 1
         is_next &= np.where(is_none[:-1], is_none[1:], (step == 1) & ~is_none[1:])
-        starts = np.flatnonzero(np.concatenate((np.ones(min(len(rows), 1), bool), ~is_next)))
+        starts = np.flatnonzero(np.concatenate(([True], ~is_next)))
         counts = np.diff(starts, append=len(rows))
         self._mapped[rows, columns] = _UNKNOWN  # after an interrupt, the next call maps all
-        for place, block, count in zip(
-            places[starts].tolist(), blocks[starts].tolist(), counts.tolist(), strict=True
-        ):
-            start = place * self._page_bytes
-            if block == _NONE:
-                self._range.unmap(start, count * self._page_bytes)
-            else:
-                self._pool.map(self._range.address + start, block, count)
+        self._range.show(
+            zip(places[starts].tolist(), blocks[starts].tolist(), counts.tolist(), strict=True)
+        )
         self._mapped[rows, columns] = blocks
 
 
-def _pool_of(memory: Memory) -> PagePool:
+def _pool_of(memory: Memory) -> Pages:
     assert memory.pool is not None, "the memory of this mode has a pool"
     return memory.pool
 

@@ -114,14 +114,14 @@ class BlockStorage:
         num_blocks = arguments.count("num_blocks", num_blocks, at_least=1)
         num_host_blocks = arguments.count("num_host_blocks", num_host_blocks)
         arguments.flag("pinned", pinned)
-        self.mode, self._mode = mode, mode_named(mode)
-        run = self._layout(self.layers).num_elements
+        place = torch.device(device)
+        self.mode, self._mode = mode, mode_named(mode, place)
+        layout = self._layout(self.layers)
         # Made in inference mode, the storage could never be written outside of it.
         with torch.inference_mode(False):
-            place = torch.device(device)
-            self._memory = self._mode.allocate(num_blocks, run, stored, place, pinned)
+            self._memory = self._mode.allocate(num_blocks, layout, stored, place, pinned)
             swaps = self._device_tier.is_cuda and num_host_blocks > 0
-            self._host_tier = host_pages(num_host_blocks, run, stored, pinned=swaps)
+            self._host_tier = host_pages(num_host_blocks, layout.num_elements, stored, pinned=swaps)
             self._caches = self._layer_caches(self.layers, self._device_tier)
         self._pinned = pinned, swaps
         self._order = streams.StreamOrder(self._device_tier)
@@ -143,10 +143,11 @@ class BlockStorage:
         dtype: torch.dtype,
         kv_cache_dtype: KVCacheDtype | None = None,
         mode: ModeName = "paged",
+        device: torch.device | str = "cpu",
     ) -> int:
         """Return `block_bytes` of a storage with these arguments. O(layers)."""
         stored, shapes = _stored_dtype(dtype, kv_cache_dtype), _layer_shapes(layers)
-        block_size, order = arguments.block_size(block_size), mode_named(mode).token_first
+        block_size, order = arguments.block_size(block_size), mode_named(mode, device).token_first
         layout = storage_layout(block_size, shapes, dtype, kv_cache_dtype, token_first=order)
         return layout.num_elements * stored.itemsize
 
@@ -342,7 +343,7 @@ class BlockStorage:
             self._order.enter()
             tier = self._device_tier
             memory = self._mode.allocate(
-                self.num_blocks, layout.num_elements, tier.dtype, tier.device, self._pinned[0]
+                self.num_blocks, layout, tier.dtype, tier.device, self._pinned[0]
             )
             host_tier = host_pages(
                 self.num_host_blocks, layout.num_elements, dtype, pinned=self._pinned[1]

@@ -55,6 +55,11 @@ class StorageLayout(NamedTuple):
         """Elements of the tier in a run. O(1)."""
         return self.num_elements // (self.num_tokens or 1)
 
+    @property
+    def used_elements(self) -> int:
+        """Elements of a run up to the end of its last part. O(1)."""
+        return self.parts[-1][-1].end
+
     def runs(self, memory: Tensor) -> Tensor:
         """Return memory [n, elements] as runs. O(1).
 

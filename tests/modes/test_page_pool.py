@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvpager.modes.page_pool import AddressRange, PagePool
+from kvpager.modes.page_pool import PagePool
 
 PAGE = 16_384
 
@@ -19,7 +19,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     """Run a program in another process, since it may be killed."""
     prelude = f"""
 import numpy as np, os, sys, torch
-from kvpager.modes.page_pool import AddressRange, PagePool
+from kvpager.modes.page_pool import PagePool
 from kvpager.storage.block_storage import BlockStorage
 PAGE = {PAGE}
 def row(*blocks): return np.array([blocks], np.int32)
@@ -32,7 +32,8 @@ def storage(num_blocks, mode="virtual"):
 
 
 def test_a_page_is_the_same_memory_wherever_it_is_mapped() -> None:
-    pool, addresses = PagePool(4, PAGE), AddressRange(4 * PAGE, 301)
+    pool = PagePool(4, PAGE)
+    addresses = pool.open_range(4, 301)
     pool.map(addresses.address, 2)
     pool.map(addresses.address + 2 * PAGE, 2)
     pool.pages[2, 5] = 7
@@ -44,7 +45,8 @@ def test_a_page_is_the_same_memory_wherever_it_is_mapped() -> None:
 
 
 def test_growing_keeps_contents_and_mappings_and_earlier_views() -> None:
-    pool, addresses = PagePool(2, PAGE), AddressRange(PAGE, 301)
+    pool = PagePool(2, PAGE)
+    addresses = pool.open_range(1, 301)
     earlier = pool.pages
     pool.map(addresses.address, 1)
     pool.resize(200)
@@ -127,7 +129,8 @@ def test_mappings_stay_below_the_bound_that_is_checked() -> None:
     def mappings() -> int:
         return len(Path("/proc/self/maps").read_text().splitlines())
 
-    pool, addresses = PagePool(300, PAGE), AddressRange(300 * PAGE, 301)
+    pool = PagePool(300, PAGE)
+    addresses = pool.open_range(300, 301)
     before = mappings()
     for at, page in enumerate(torch.randperm(300).tolist()):
         pool.map(addresses.address + at * PAGE, page)

@@ -39,7 +39,7 @@ def figures(text: str) -> dict[str, dict[str, Any]]:
 
 PARTS = (
     "copy", "correctness", "decode", "engine", "shared", "quantised", "prefill", "append", "copies",
-    "step_alloc", "soak", "decode_shapes",
+    "step_alloc", "virtual", "soak", "decode_shapes",
 )  # fmt: skip
 
 

@@ -24,13 +24,16 @@ class RowMemory(TokenMemory):
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
         super().__init__(num_blocks, block_size, num_host_blocks)
-        self.storage = BlockStorage(
-            num_blocks, block_size, [(1, 1, 1)] * 2, dtype=torch.float64, mode=self.mode
-        )
+        self.storage = self.make_storage(num_blocks, block_size)
         self.rows: Rows | None = None
         self._next: Iterator[int] = cycle(range(_NUM_ROWS))
         self._use_storage()
         self.tiers["device"][:] = UNWRITTEN
+
+    def make_storage(self, num_blocks: int, block_size: int) -> BlockStorage:
+        return BlockStorage(
+            num_blocks, block_size, [(1, 1, 1)] * 2, dtype=torch.float64, mode=self.mode
+        )
 
     def _use_storage(self) -> None:
         """Show the slots of layer 0: [blocks, block_size]."""

@@ -106,14 +106,17 @@ class Budget:
         given = size(self.bound or 0) if self._given is None else repr(self._given)
         return f"{self.name}={given}"
 
-    def block_bytes(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
-        """Return the bytes of a block with room for `layers`. O(layers)."""
+    def block_bytes(
+        self, layers: Sequence[LayerShape], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> int:
+        """Return the bytes of a block with room for `layers` on `device`. O(layers)."""
         return BlockStorage.bytes_of_a_block(
             self.block_size,
             layers,
             dtype=dtype,
             kv_cache_dtype=self.kv_cache_dtype,
             mode=self.mode,
+            device=device,
         )
 
     def new_storage(

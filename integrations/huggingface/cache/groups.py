@@ -93,7 +93,7 @@ class LayerGroup:
     def full_bytes(self, kind: LayerKind, call: GenerateCall) -> int:
         """Return the bytes of all rows of `call`, if all layers are of `kind`. O(layers)."""
         shapes = [kind.shape] * (self.members.expected or max(self.members.count, 1))
-        block_bytes = self.budget.block_bytes(shapes, kind.dtype)
+        block_bytes = self.budget.block_bytes(shapes, kind.dtype, kind.device)
         return call.num_blocks(self.budget.block_size, self.window) * block_bytes
 
     # ---------------------------------------------------------------- a place in the pool

@@ -165,7 +165,7 @@ class PagedPool:
 
     def _new_storage(self, kind: LayerKind, num_layers: int) -> BlockStorage:
         shapes, num_blocks = [kind.shape] * num_layers, self.manager.num_blocks
-        block_bytes = self.budget.block_bytes(shapes, kind.dtype)
+        block_bytes = self.budget.block_bytes(shapes, kind.dtype, kind.device)
         fits = self.memory.claim(num_blocks * block_bytes, self)
         # If other pools fill the bound, rows live in host memory and still need one block here.
         if not fits and (self.host is None or num_blocks > 1):

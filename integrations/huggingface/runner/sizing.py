@@ -51,7 +51,7 @@ def pool_blocks(
     Raises: `ValueError` if a bound is less than one block, `KVPagerError` if the device has no room
     for one.
     """
-    size = budget.block_bytes(info.shapes, info.dtype)
+    size = budget.block_bytes(info.shapes, info.dtype, info.device)
     # Less than a block for each group of layers holds no token.
     least = len(info.windows)
     budget.refuse_below(least * size, on_device=True)
