@@ -10,7 +10,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all checks lint format types tests slow conformance setup-services docs diagrams matrix vllm sglang crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
+.PHONY: help demo test test-all checks lint format types tests slow test-browser pictures conformance setup-services docs diagrams matrix vllm sglang crash storm simulate bench bench-scheduler bench-kernels bench-generate bench-prompts bench-tiers bench-memory bench-same-tokens bench-throughput gpu clean
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 GPU_PYTHON ?= python3
@@ -30,7 +30,7 @@ demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
 
 test: lint checks ## before every commit: lint, types, the tests that are quick
 
-test-all: lint checks slow ## all that CI checks, and `make vllm` and `make sglang` if their environments can be made
+test-all: lint checks slow test-browser ## all that CI checks, and `make vllm` and `make sglang` if their environments can be made
 	@$(MAKE) --no-print-directory vllm OPTIONAL=1
 	@$(MAKE) --no-print-directory sglang OPTIONAL=1
 
@@ -50,10 +50,13 @@ types: $(STAMP) ## mypy --strict over the library
 	@$(BIN)/mypy kvpager
 
 tests: $(STAMP) ## the quick tests alone
-	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m 'not slow and not browser' $(ARGS)
 
 slow: $(STAMP) ## the slow tests alone: every architecture, compilers, wheels, long simulations
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+
+test-browser: $(STAMP) ## the page of `kvpager report` in Debian's chromium, which `make setup-services` installs
+	@$(BIN)/python -m pytest -q -rs -m browser tests/report $(ARGS)
 
 docs: $(STAMP) ## the documentation as a site, in build/site; needs no network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -64,12 +67,14 @@ diagrams: $(STAMP) ## draw the diagrams of the documentation
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/models.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)
 
-setup-services: ## install the servers that some tests start: Debian's redis-server, for TLS
-	@if command -v redis-server >/dev/null; then exit 0; fi; \
-	apt=(env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get); \
+setup-services: ## install what some tests start: Debian's redis-server, for TLS, and chromium, for the browser tests
+	@apt=(env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get); \
 	[ "$$(id -u)" = 0 ] || apt=(sudo -n "$${apt[@]}"); \
-	{ "$${apt[@]}" -qq update && "$${apt[@]}" -qqy install --no-install-recommends redis-server; } >/dev/null \
-	|| echo "make setup-services: cannot install redis-server here; tests of TLS are skipped."
+	for program in redis-server chromium; do \
+	  if command -v "$$program" >/dev/null; then continue; fi; \
+	  { "$${apt[@]}" -qq update && "$${apt[@]}" -qqy install --no-install-recommends "$$program"; } >/dev/null \
+	  || echo "make setup-services: cannot install $$program here; the tests that need it are skipped."; \
+	done
 
 matrix: ## the tests on the oldest and newest releases of Python, torch and transformers, in .venv-matrix
 	@python=$$(command -v $(PYTHON) | head -n 1); "$$python" tests/matrix.py $(ARGS)

@@ -1,5 +1,6 @@
 // Charts over the steps: the shares of the memory, and the traffic between memories.
 
+// The width follows the page, so that words keep their size.
 const CHART = { width: 1100, height: 250, left: 54, right: 12, top: 12, bottom: 24 };
 
 class Chart {
@@ -56,9 +57,9 @@ class Chart {
   }
 }
 
-// About six round numbers from 0, the last not too close to the right edge.
+// At most about six round numbers from 0, the last not too close to the right edge.
 function roundSteps(last) {
-  const rough = Math.max(1, last / 6), power = 10 ** Math.floor(Math.log10(rough));
+  const rough = Math.max(1, last / Math.min(6, Math.floor(CHART.width / 90))), power = 10 ** Math.floor(Math.log10(rough));
   const stride = [1, 2, 5, 10].find(each => each * power >= rough) * power;
   return Array.from({ length: Math.floor(last * .98 / stride) + 1 }, (_, i) => i * stride);
 }
@@ -83,6 +84,7 @@ const AREAS = [
 ];
 
 function occupancyChart(run, root, go) {
+  root.replaceChildren();
   const { frames, blockSize, numBlocks } = run, slots = numBlocks * blockSize;
   const host = Math.max(...frames.host), below = host ? 46 : 0;
   const floor = CHART.height - CHART.bottom;
@@ -144,6 +146,7 @@ function showChartLegend(swapped) {
 // Bars above the line come to the device, bars below leave it; each adds up the steps since the last.
 function trafficCharts(run, root, go) {
   const charts = [];
+  root.replaceChildren();
   for (const { name, inwards, outwards, unit, blocks } of run.traffic) {
     const form = unit === "bytes" ? bytes : number => counted(number, "block");
     const came = steps(inwards), left = steps(outwards), most = Math.max(1, ...came, ...left);

@@ -30,6 +30,8 @@ class Life {
     this.show(this.frame);
   }
 
+  redraw() { if (this.life) { this.draw(this.life); this.show(this.frame); } }
+
   note(words) { document.getElementById("life-note").textContent = words; }
 
   draw(life) {
@@ -74,7 +76,7 @@ class Life {
   }
 }
 
-const width = (x, life) => Math.max(x(life.last), 300);
+const width = (x, life) => Math.max(x(life.last), Math.min(300, CHART.width - 24));
 
 function segmentWords(run, life, doing, { kind, from, to, begin, count, chunks }) {
   const when = to > from + 1 ? `from step ${whole(from)} to ${whole(to)}` : `in step ${whole(from)}`;

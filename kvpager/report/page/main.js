@@ -5,12 +5,13 @@ const PLAY_SECONDS = 20; // of the whole run, whatever its number of steps
 class Report {
   constructor(run) {
     Object.assign(this, { run, frame: run.busiest, playing: null });
-    const pick = request => this.pick(request), go = frame => this.go(frame);
+    const pick = request => this.pick(request);
+    this.measure();
     this.sides = ["reserved", "paged"].map(side => {
       const root = document.getElementById(side);
       return { side, root, map: new MemoryMap(run, side, root, pick), bar: new Bar(run, side, root.querySelector(".bar")) };
     });
-    this.charts = [occupancyChart(run, document.getElementById("occupancy"), go), ...trafficCharts(run, document.getElementById("tiers"), go)];
+    this.drawCharts();
     this.tree = new PrefixTree(run, document.getElementById("tree"), pick);
     this.life = new Life(run, document.getElementById("life"), pick);
     this.slider = document.getElementById("step");
@@ -26,6 +27,16 @@ class Report {
     this.go(this.frame);
   }
 
+  measure() {
+    const root = document.getElementById("occupancy"), style = getComputedStyle(root);
+    CHART.width = Math.max(280, Math.round(root.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight)));
+  }
+
+  drawCharts() {
+    const { run } = this, go = frame => this.go(frame);
+    this.charts = [occupancyChart(run, document.getElementById("occupancy"), go), ...trafficCharts(run, document.getElementById("tiers"), go)];
+  }
+
   go(frame) {
     this.frame = Math.max(0, Math.min(frame, this.run.numFrames - 1));
     const { run, frame: now } = this, step = run.frames.step[now];
@@ -37,7 +48,7 @@ class Report {
       map.canvas.setAttribute("aria-label", mapLabel(run, side, now));
     }
     for (const part of [...this.charts, this.tree, this.life]) part.show(now);
-    const words = `step ${whole(step)} of ${whole(run.numSteps - 1)}, ${seconds(run.frames.t[now])}`;
+    const words = `step ${whole(step)} of ${whole(run.numSteps - 1)}, ${seconds(run.frames.t[now])}`.replace(/ (?=\S+$)/, "\u00a0");
     this.slider.value = now;
     this.slider.setAttribute("aria-valuetext", words);
     document.getElementById("step-label").textContent = words;
@@ -76,6 +87,9 @@ class Report {
   restyle() {
     readTheme();
     showLegend(this.run);
+    this.measure();
+    this.drawCharts();
+    this.life.redraw();
     this.sides.forEach(({ map }) => map.resize());
     this.tree.shown = null;
     this.go(this.frame);
