@@ -90,11 +90,13 @@ def _first_half(call: Any) -> Any:
 def _slots_shifted() -> Any:
     """Read the slot after the one that was asked for."""
     read = Segments.read
-    return mock.patch.object(
-        Segments,
-        "read",
-        lambda segments, slot, block: read(segments, (slot + 1) % segments.num_made, block),
-    )
+
+    def shifted(segments: Any, run: Sequence[int], blocks: Sequence[memoryview]) -> Any:
+        others = [(slot + 1) % segments.num_made for slot in run]
+        each = zip(others, blocks, strict=True)
+        return [bytes(read(segments, [slot], [block])[0]) for slot, block in each]
+
+    return mock.patch.object(Segments, "read", shifted)
 
 
 FAULTS: dict[str, Callable[[], Any]] = {

@@ -129,6 +129,55 @@ def test_a_file_that_refuses_direct_transfers_is_read_without(open_store: Open) 
         assert load(store, 1, 1) == [Loaded.HIT] * 2
 
 
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Note how many blocks each read takes."""
+    real, sizes = os.preadv, list[int]()
+
+    def counting(file: int, buffers: Any, start: int) -> int:
+        sizes.append(len(buffers) // 2)
+        return real(file, buffers, start)
+
+    with mock.patch("os.preadv", counting):
+        yield sizes
+
+
+@pytest.mark.parametrize("num_bytes", [8192, 10_000])
+def test_blocks_side_by_side_are_read_by_one_call(open_store: Open, num_bytes: int) -> None:
+    store = open_store(layout=BlockLayout("test", num_bytes), blocks=16)
+    save(store, *range(8))
+    with counted_reads() as sizes:
+        assert load(store, 4, 5, 6, 7, 3, 2, 0, 1) == [Loaded.HIT] * 8  # to the right, to the left
+        assert load(store, 3, 4, 5, 5, 6, 5) == [Loaded.HIT] * 6
+        assert load(store, 3, 9, 4) == [Loaded.HIT, Loaded.MISS, Loaded.HIT]
+    assert sizes == [4, 2, 2, 3, 2, 1, 1, 1]
+
+
+def test_one_call_reads_no_more_than_a_mebibyte_and_from_one_file(open_store: Open) -> None:
+    quarter = BlockLayout("test", 256 << 10)
+    with mock.patch("kvpager.storage.tiers.disk.store._SEGMENT_BYTES_MIN", 6 * (260 << 10)):
+        store = open_store(layout=quarter, blocks=320)
+    save(store, *range(9))
+    with counted_reads() as sizes:
+        assert load(store, *range(9)) == [Loaded.HIT] * 9
+    assert sizes == [4, 2, 3]
+
+
+def test_blocks_beside_one_that_cannot_be_read_are_served(open_store: Open) -> None:
+    store, real = open_store(), os.preadv
+    save(store, 1, 2, 3)
+    place = store._segments._place(1)[1]
+
+    def failing(file: int, buffers: Any, start: int) -> int:
+        if start <= place < start + sum(len(buffer) for buffer in buffers):
+            raise OSError(errno.EIO, "a bad sector")
+        return real(file, buffers, start)
+
+    with mock.patch("os.preadv", failing):
+        assert load(store, 1, 2, 3) == [Loaded.HIT, Loaded.BAD, Loaded.HIT]
+    assert load(store, 1, 2, 3) == [Loaded.HIT, Loaded.MISS, Loaded.HIT]
+
+
 def test_the_least_recently_used_block_leaves(open_store: Open) -> None:
     store = open_store(blocks=3)
     for number in (1, 2, 3):

@@ -4,6 +4,8 @@ Files are preallocated, so a full disk shows when a file is made and not in the 
 With O_DIRECT a block goes from the device into the caller's memory, if that starts at a page and
 holds whole pages. Otherwise the block passes through a buffer of the thread. File systems without
 O_DIRECT are read and written through the page cache.
+
+Small blocks that lie side by side are read by one call: each call costs a wait for the device.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 PAGE_BYTES = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 _NAME = "segment-{:05d}"
+_RUN_BYTES = 1 << 20  # read by one call: more is hardly faster, and ends later after a deadline
 _Transfer = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
 
@@ -30,24 +32,19 @@ def slot_bytes(block_bytes: int) -> int:
     return PAGE_BYTES + -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-class Page(NamedTuple):
-    """The head page of a slot, and its block as read."""
-
-    head: memoryview
-    payload: memoryview
-
-
 class Segments:
     """Slots in files. All methods but `grow` and `close` may run in several threads at once."""
 
     def __init__(self, folder: Path, num_slots: int, slots_per_file: int, block_bytes: int) -> None:
         """Open the segments in `folder`; make none. Raises: `OSError`.
 
-        `intact` are the slots that the files found hold whole. `num_slots` bounds `grow`.
+        `intact` are the slots that the files found hold whole. `num_slots` bounds `grow`. `run_max`
+        is the most slots that one call reads.
         """
         self.slot_bytes = slot_bytes(block_bytes)
         self._folder, self._slots_per_file, self._block_bytes = folder, slots_per_file, block_bytes
         self._num_slots = num_slots
+        self.run_max = max(1, _RUN_BYTES // (self.slot_bytes - PAGE_BYTES))
         self._files: list[int] = []
         self._direct = bool(_DIRECT)
         self._staging = threading.local()
@@ -81,25 +78,44 @@ class Segments:
         self.num_made = stop
         return range(first, stop)
 
-    def read(self, slot: int, block: memoryview) -> Page:
-        """Read a slot. The payload is `block`, or a buffer of the thread. O(bytes).
+    def continues(self, run: Sequence[int], slot: int) -> bool:
+        """Return True if one call can read `slot` after the slots of `run`. O(1).
 
-        Raises: `OSError` if the slot cannot be read whole.
+        The slots lie side by side in one file, in either direction.
         """
-        head, staged = self._buffers()
-        file, start = self._place(slot)
-        if self._fits(block):
-            self._transfer(os.preadv, file, [head, block], start)
-            return Page(head, block)
-        self._transfer(os.preadv, file, [head, staged], start)
-        return Page(head, staged[: self._block_bytes])
+        if not run:
+            return True
+        step = slot - run[-1]
+        is_straight = len(run) == 1 or step == run[-1] - run[-2]
+        return abs(step) == 1 and is_straight and self._file(slot) == self._file(run[0])
+
+    def read(self, run: Sequence[int], blocks: Sequence[memoryview]) -> list[memoryview]:
+        """Read the slots of a run, each into its block. O(bytes).
+
+        Returns the first page of each slot, in a buffer of the thread. Raises: `OSError` if not all
+        can be read whole.
+        """
+        buffers = self._buffers()[: len(run)]
+        targets = [
+            block if self._fits(block) else staged
+            for block, (_, staged) in zip(blocks, buffers, strict=True)
+        ]
+        heads = [head for head, _ in buffers]
+        order = sorted(range(len(run)), key=run.__getitem__)
+        file, start = self._place(min(run))
+        parts = [part for index in order for part in (heads[index], targets[index])]
+        self._transfer(os.preadv, file, parts, start)
+        for block, target in zip(blocks, targets, strict=True):
+            if target is not block:
+                block[:] = target[: self._block_bytes]
+        return heads
 
     def write(self, slot: int, frame: bytes, payload: memoryview) -> None:
         """Write the frame and the bytes of a block. O(bytes).
 
         Raises: `OSError` unless all were written.
         """
-        head, staged = self._buffers()
+        head, staged = self._buffers()[0]
         head[: len(frame)] = frame
         head[len(frame) :] = bytes(PAGE_BYTES - len(frame))
         if not self._fits(payload):
@@ -161,23 +177,30 @@ class Segments:
         if moved != sum(buffer.nbytes for buffer in buffers):
             raise OSError(errno.EIO, "a slot was transferred in part")
 
+    def _file(self, slot: int) -> int:
+        return slot // self._slots_per_file
+
     def _place(self, slot: int) -> tuple[int, int]:
         number, place = divmod(slot, self._slots_per_file)
         return self._files[number], place * self.slot_bytes
 
     def _fits(self, block: memoryview) -> bool:
-        """Return True if O_DIRECT takes the buffer as it is, or is not in use."""
-        if not self._direct:
-            return True
+        """Return True if the buffer holds whole pages, and O_DIRECT, if used, takes it as it is."""
         if block.nbytes % PAGE_BYTES:
             return False
+        if not self._direct:
+            return True
         address: int = np.frombuffer(block, np.uint8).__array_interface__["data"][0]
         return address % PAGE_BYTES == 0
 
-    def _buffers(self) -> tuple[memoryview, memoryview]:
-        """Return the thread's page for heads and its buffer for blocks. Both start at a page."""
-        buffers: tuple[memoryview, memoryview] | None = getattr(self._staging, "buffers", None)
+    def _buffers(self) -> list[tuple[memoryview, memoryview]]:
+        """Return the thread's buffers for a run: a page and a block each. All start at a page."""
+        buffers: list[tuple[memoryview, memoryview]] | None
+        buffers = getattr(self._staging, "buffers", None)
         if buffers is None:
-            whole = memoryview(mmap.mmap(-1, self.slot_bytes))
-            buffers = self._staging.buffers = whole[:PAGE_BYTES], whole[PAGE_BYTES:]
+            whole = memoryview(mmap.mmap(-1, self.run_max * self.slot_bytes))
+            starts = range(0, whole.nbytes, self.slot_bytes)
+            slots = [whole[start : start + self.slot_bytes] for start in starts]
+            buffers = [(slot[:PAGE_BYTES], slot[PAGE_BYTES:]) for slot in slots]
+            self._staging.buffers = buffers
         return buffers

@@ -39,7 +39,8 @@ class DiskStore:
     At most `capacity` bytes of disk are used, before and after a restart. Files are made as blocks
     arrive. If the disk is full before that, the store keeps to the files that it has. All methods
     may be called from any thread; transfers of several threads run at once. A deadline is looked at
-    before each block: a transfer that has begun is finished.
+    before each transfer of a block, or of small blocks that lie side by side: a transfer that has
+    begun is finished.
 
     Attributes:
         admit: which blocks it takes.
@@ -117,10 +118,12 @@ class DiskStore:
         check_blocks("into", keys, into, self.block_bytes)
         start = time.monotonic()
         outcomes = np.full(len(keys), Loaded.LATE, np.uint8)
-        for n, (key, block) in enumerate(zip(keys, into, strict=True)):
-            if time.monotonic() >= deadline:
-                break
-            outcomes[n] = self._load(key, block.cast("B"))
+        blocks, done = [block.cast("B") for block in into], 0
+        while done < len(keys) and time.monotonic() < deadline:
+            stop = done + self._segments.run_max
+            found = self._load_run(keys[done:stop], blocks[done:stop])
+            outcomes[done : done + len(found)] = found
+            done += len(found)
         self._use(keys, self._orders(len(keys)))
         self._counters.loaded(outcomes, time.monotonic() - start)
         return outcomes
@@ -227,34 +230,42 @@ class DiskStore:
         used.update(self._stale)
         self._slots.add(slot for slot in range(self._segments.num_made) if slot not in used)
 
-    # ------------------------------------------------------------------ one block
+    # ------------------------------------------------------------------ blocks
 
-    def _load(self, key: bytes, block: memoryview) -> Loaded:
+    def _load_run(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[Loaded]:
+        """Load the first block, and those after it that one call can read with it."""
         with self._lock:
-            slot = self._slots.pin(key) if self._offers(key, self._now()) else None
-            if slot is None:
-                return Loaded.MISS
+            run = self._pin_run(keys)
+        if not run:
+            return [Loaded.MISS]
         try:
-            fault = self._read(slot, key, block)
+            faults = self._read(run, keys[: len(run)], blocks[: len(run)])
             with self._lock:
-                if fault is not None and self._slots.slot(key) == slot:  # no other save since
-                    self._forget(key)
+                for slot, key, fault in zip(run, keys, faults, strict=False):
+                    if fault is not None and self._slots.slot(key) == slot:  # no other save since
+                        self._forget(key)
         finally:
             with self._lock:
-                self._slots.unpin(slot)
+                for slot in run:
+                    self._slots.unpin(slot)
                 self._idle.notify_all()
-        return Loaded.HIT if fault is None else Loaded.BAD
+        return [Loaded.HIT if fault is None else Loaded.BAD for fault in faults]
 
-    def _read(self, slot: int, key: bytes, block: memoryview) -> Fault | OSError | None:
-        """Read and verify a slot into `block`. Returns why that failed, or None."""
+    def _read(
+        self, run: Sequence[int], keys: Sequence[bytes], blocks: Sequence[memoryview]
+    ) -> list[Fault | OSError | None]:
+        """Read and verify slots. Returns for each block why that failed, or None."""
         try:
-            head, payload = self._segments.read(slot, block)
+            heads = self._segments.read(run, blocks)
         except OSError as error:
-            return error
-        fault = self._framing.unframe(head[:FRAME_BYTES], key, payload)
-        if fault is None and payload is not block:
-            block[:] = payload
-        return fault
+            if len(run) == 1:
+                return [error]
+            each = zip(run, keys, blocks, strict=True)  # one that fails does not harm the others
+            return [self._read([slot], [key], [block])[0] for slot, key, block in each]
+        return [
+            self._framing.unframe(head[:FRAME_BYTES], key, block)
+            for head, key, block in zip(heads, keys, blocks, strict=True)
+        ]
 
     def _save(self, key: bytes, block: memoryview, order: int) -> Saved:
         with self._lock:
@@ -312,6 +323,17 @@ class DiskStore:
         return is_synced
 
     # ------------------------------------------------------------------ under the lock
+
+    def _pin_run(self, keys: Sequence[bytes]) -> list[int]:
+        """Pin the slots of leading keys, as far as one call can read them."""
+        now, run = self._now(), list[int]()
+        for key in keys:
+            slot = self._slots.slot(key) if self._offers(key, now) else None
+            if slot is None or not self._segments.continues(run, slot):
+                break
+            self._slots.pin(key)
+            run.append(slot)
+        return run
 
     def _offers(self, key: bytes, now: int) -> bool:
         """Return True if the store has `key`; forget a block that is too old."""
