@@ -77,8 +77,12 @@ def pytest_sessionstart() -> None:
     backends.select("append_kv", torch.device("cpu"))
 
 
-def pytest_collection_finish() -> None:
-    """Leave the objects of imported modules out of garbage collections: there are millions."""
+@pytest.fixture(autouse=True, scope="module")
+def earlier_objects_are_frozen() -> None:
+    """Leave the objects of imported modules out of garbage collections: there are millions.
+
+    Tests import more of transformers as they run, so each file begins with this.
+    """
     gc.collect()
     gc.freeze()
 

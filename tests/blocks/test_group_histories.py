@@ -342,10 +342,15 @@ class OneGroup(BlockManagerAdapter):
 
 
 class TestFullGroup(ManagerConformance):
-    histories = examples = 25
+    histories = examples = 8
 
     def make(self, num_blocks: int, block_size: int) -> OneGroup:
         return OneGroup(GroupedManager((None,), num_blocks, block_size, 6))
+
+
+@pytest.mark.slow
+class TestFullGroupAtLength(TestFullGroup):
+    histories = examples = 25
 
 
 @pytest.mark.slow
@@ -356,5 +361,10 @@ class TestGroupWithALongWindow(ManagerConformance):
         return OneGroup(GroupedManager((1000,), num_blocks, block_size, 6))
 
 
-TestGroups = Groups.TestCase
-TestGroups.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+class TestGroups(Groups.TestCase):
+    settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.slow
+class TestGroupsAtLength(Groups.TestCase):
+    settings = settings(TestGroups.settings, max_examples=100)

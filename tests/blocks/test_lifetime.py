@@ -104,7 +104,7 @@ def test_a_lost_ghost_does_not_make_a_prompt_new() -> None:
     assert not (policy.records[:8] >> 10 & 1).any()  # nothing was added behind a shared prefix
 
 
-@pytest.mark.mostly_slow(quick=2)
+@pytest.mark.mostly_slow(quick=1)
 @pytest.mark.parametrize(
     ("kind", "capacity"),
     [

@@ -25,7 +25,7 @@ REGRESSIONS = DirectoryBasedExampleDatabase(
 NEW = DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / "examples")
 
 FEW = settings(
-    max_examples=100,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
     database=MultiplexedDatabase(NEW, ReadOnlyDatabase(REGRESSIONS)),

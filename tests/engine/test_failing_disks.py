@@ -43,7 +43,7 @@ def served(folder: Path, failing: int, error: int, number: int) -> int:
 @pytest.mark.parametrize(
     ("error", "number", "every"),
     [
-        pytest.param(errno.EIO, FOR_EVER, 40, id="some"),
+        pytest.param(errno.EIO, FOR_EVER, 80, id="some"),
         pytest.param(errno.EIO, 1, 12, id="error-once", marks=pytest.mark.slow),
         pytest.param(errno.EIO, FOR_EVER, 12, id="errors", marks=pytest.mark.slow),
         pytest.param(errno.ENOSPC, 1, 12, id="full-once", marks=pytest.mark.slow),

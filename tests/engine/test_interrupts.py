@@ -26,8 +26,11 @@ from tests.support.toy_runner import ToyEngine, expected
 from tests.support.toy_tiers import PROMPT, TieredEngine, store_with_the_prompt
 
 PATIENCE = 60.0
-# Number of moments of a submission to interrupt, of several hundred.
+# Number of moments to interrupt, of several hundred.
 NUM_MOMENTS = int(os.environ.get("KVPAGER_INTERRUPTS", "0")) or 50
+at_some_moments = pytest.mark.parametrize(
+    "count", [10, pytest.param(NUM_MOMENTS, marks=pytest.mark.slow)], ids=["few", "many"]
+)
 
 
 def moments(call: Callable[[Moments], object]) -> range:
@@ -63,7 +66,8 @@ def test_the_traceback_of_an_interrupted_call_keeps_no_lock() -> None:
         assert is_free
 
 
-def test_an_interrupted_construction_leaves_no_thread() -> None:
+@at_some_moments
+def test_an_interrupted_construction_leaves_no_thread(count: int) -> None:
     before = set(threading.enumerate())
 
     def make(moment: Moments) -> ToyEngine:
@@ -73,7 +77,7 @@ def test_an_interrupted_construction_leaves_no_thread() -> None:
     total = Moments(sys.maxsize, by_signal)
     make(total).close()
     found = range(1, sys.maxsize - total.left)
-    for number in random.Random(1).sample(found, min(NUM_MOMENTS, len(found))):
+    for number in random.Random(count).sample(found, min(count, len(found))):
         with contextlib.suppress(KeyboardInterrupt):
             make(Moments(number, by_signal)).close()
         gc.collect()
@@ -122,7 +126,8 @@ def test_an_interrupted_pause_lets_steps_continue(is_end: bool) -> None:
             assert len(engine.ask([5, 6, 7], 1).result(PATIENCE).token_ids) == 1
 
 
-def test_an_interrupted_submission_leaves_nothing_behind() -> None:
+@at_some_moments
+def test_an_interrupted_submission_leaves_nothing_behind(count: int) -> None:
     prompt = list(range(10))
     with ToyEngine(256) as engine:
 
@@ -132,7 +137,7 @@ def test_an_interrupted_submission_leaves_nothing_behind() -> None:
 
         found = moments(submit)
         engine.check_idle()
-        for number in random.Random(1).sample(found, min(NUM_MOMENTS, len(found))):
+        for number in random.Random(count).sample(found, min(count, len(found))):
             with contextlib.suppress(KeyboardInterrupt):
                 submit(Moments(number, by_signal))
             engine.cancel("interrupted")

@@ -166,8 +166,13 @@ def assert_every_schedule(name: str, variant: Variant = RIGHT) -> None:
             assert_step(before, after, lanes)
 
 
-@pytest.mark.mostly_slow(quick=1)
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith("three_share"))
+        for name in STARTS
+    ],
+)
 def test_every_schedule_of_a_step_is_right(name: str) -> None:
     assert_every_schedule(name)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
 from kvpager.modes.page_pool import PagePool
+from tests.support.programs import run_program
 
+Run = Callable[[str], CompletedProcess[str]]
 PAGE = 16_384
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in another process, since it may be killed."""
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return a function that runs a program in another process, since it may be killed."""
     prelude = f"""
 import numpy as np, os, sys, torch
 from kvpager.modes.page_pool import PagePool
@@ -26,9 +29,13 @@ def row(*blocks): return np.array([blocks], np.int32)
 def storage(num_blocks, mode="virtual"):
     return BlockStorage(num_blocks, 16, [(2, 32, 32)], dtype=torch.float32, mode=mode)
 """
-    return subprocess.run(
-        [sys.executable, "-c", prelude + program], capture_output=True, text=True, check=False
-    )
+
+    def run_it(program: str) -> CompletedProcess[str]:
+        file = tmp_path / "program.py"
+        file.write_text(prelude + program, encoding="utf-8")
+        return run_program(file, cwd=tmp_path)
+
+    return run_it
 
 
 def test_a_page_is_the_same_memory_wherever_it_is_mapped() -> None:
@@ -65,7 +72,7 @@ def test_pages_that_are_not_whole_pages_of_the_system_are_refused() -> None:
         PagePool(4, 1_000)
 
 
-def test_a_write_beyond_a_row_ends_the_process_and_a_read_shows_zeros() -> None:
+def test_a_write_beyond_a_row_ends_the_process_and_a_read_shows_zeros(run: Run) -> None:
     program = """
 made = storage(8)
 rows = made.open_rows(2, max_length=64)
@@ -81,7 +88,7 @@ print("not reached")
     assert ended.stdout == "inside 0\n"
 
 
-def test_a_child_process_cannot_write_into_its_parents_pages() -> None:
+def test_a_child_process_cannot_write_into_its_parents_pages(run: Run) -> None:
     program = """
 made = storage(4)
 rows = made.open_rows(1, max_length=32)
@@ -99,7 +106,7 @@ for write in (lambda: made.tier().zero_(), lambda: rows.caches(0).key.zero_()):
     assert ended.stdout == f"{int(signal.SIGSEGV)} True True\n" * 2, ended.stderr
 
 
-def test_memory_goes_back_to_the_system() -> None:
+def test_memory_goes_back_to_the_system(run: Run) -> None:
     program = """
 def resident():
     lines = open("/proc/self/status").read().splitlines()

@@ -59,8 +59,7 @@ def test_a_broken_scheduler_is_detected(broken: type[Scheduler]) -> None:
         scheduler.__class__ = broken
         return scheduler
 
-    reports = [serving_simulation.simulate(seed, make=make) for seed in range(6)]
-    assert any(report.failure for report in reports)
+    assert any(serving_simulation.simulate(seed, make=make).failure for seed in range(6))
 
 
 def test_the_command_line_reports_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,13 +67,14 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @contextlib.contextmanager
 def patient_tiering() -> Iterator[None]:
-    """Engines and patches made in it have fetches as long as a busy machine needs."""
-    patient = functools.partial(Tiering, max_wait_s=60.0)
-    opening.Tiering, before = patient, opening.Tiering  # type: ignore[misc]
-    try:
+    """Engines and patches made in it have fetches as long as a busy machine needs.
+
+    Their staging is small, because the system takes long to provide what these prompts never fill.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "Tiering", functools.partial(Tiering, max_wait_s=60.0))
+        patch.setattr(opening, "_STAGING_BYTES", 4 << 20)
         yield
-    finally:
-        opening.Tiering = before  # type: ignore[misc]
 
 
 @contextlib.contextmanager

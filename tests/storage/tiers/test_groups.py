@@ -331,11 +331,29 @@ def test_tokens_are_divided_by_blocks() -> None:
 # ------------------------------------------------------------------------------ at random
 
 
-@settings(max_examples=60, deadline=None)
-@given(windows=st.sampled_from(WINDOWS), seed=st.integers(0, 2**32), num_blocks=st.integers(60, 90))
+TRAFFIC = given(
+    windows=st.sampled_from(WINDOWS), seed=st.integers(0, 2**32), num_blocks=st.integers(60, 90)
+)
+
+
+@settings(max_examples=20, deadline=None)
+@TRAFFIC
 def test_any_traffic_finds_the_longest_prefix(
     windows: tuple[int | None, ...], seed: int, num_blocks: int
 ) -> None:
+    find_the_longest_prefix(windows, seed, num_blocks)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@TRAFFIC
+def test_more_traffic_finds_the_longest_prefix(
+    windows: tuple[int | None, ...], seed: int, num_blocks: int
+) -> None:
+    find_the_longest_prefix(windows, seed, num_blocks)
+
+
+def find_the_longest_prefix(windows: tuple[int | None, ...], seed: int, num_blocks: int) -> None:
     chance = random.Random(seed)
     stores = [DictStore(16 * SIZE) for _ in range(2)]
     nodes = [GroupNode(windows, stores, num_blocks=n) for n in (num_blocks, 200)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -186,5 +187,10 @@ class Histories(RuleBasedStateMachine):
         assert self.tier.capacity == self.num_slots - len(self.nameless)
 
 
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+class TestHistories(Histories.TestCase):
+    settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+class TestHistoriesAtLength(Histories.TestCase):
+    settings = settings(TestHistories.settings, max_examples=60)
