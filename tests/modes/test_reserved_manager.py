@@ -132,9 +132,12 @@ def test_a_copied_prefix_is_found_after_its_commit_alone() -> None:
 def test_a_fork_that_grew_is_found_after_its_commit_alone() -> None:
     manager = ReservedManager(num_rows=3, max_length=12, block_size=4)
     parent = manager.allocate(range(8))
-    manager.commit(parent)
+    earlier, filler = manager.allocate(range(8)), manager.allocate(1)
+    manager.commit([parent, earlier])
+    manager.free(earlier)
     child = manager.fork(parent)
-    assert manager.append(child).copies.tolist() == [[0, 3], [1, 4]]
+    assert manager.append(child).copies.tolist() == [[0, 3], [1, 4]]  # where `earlier` was
+    manager.free(filler)
     assert manager.allocate([*range(7), 9]).copies[:, 0].tolist() == [0, 1]
 
 
