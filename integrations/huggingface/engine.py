@@ -41,13 +41,12 @@ from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner import warm_up as warming
 from kvpager.integrations.huggingface.runner.build import (
-    compiled_forward,
     costs_of,
+    make_runner,
     make_scheduler,
     max_length_of,
 )
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
-from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
 from kvpager.integrations.huggingface.runner.probe import AttentionSwitch, choose_forward
 from kvpager.integrations.huggingface.runner.prompt_reader import (
     PromptReader,
@@ -130,8 +129,9 @@ class Engine:
             config.block_size,
             kv_cache_dtype=config.kv_cache_dtype,
             host_memory=config.host_memory,
+            mode=config.mode,
         )
-        self._info = info = inspect_model(model)
+        self._info = info = inspect_model(model, one_group=config.mode == "reserved")
         if config.tiers:
             refuse_tiers(model, info)
         self.is_packed = choose_forward(model, info, budget, switch, config.forward)
@@ -142,10 +142,7 @@ class Engine:
         self._storage = storage = budget.new_storage(
             sizes.device, info.shapes, info.dtype, info.device, sizes.host
         )
-        forward = compiled_forward(model, config, self.is_packed)
-        runner = ModelRunner(
-            model, info, storage, budget, is_packed=self.is_packed, forward=forward
-        )
+        runner = make_runner(model, info, config, storage, budget, self.is_packed, length)
         costs = costs_of(config, sizes, runner)
         scheduler = make_scheduler(info, config, sizes, length, max_chunk, costs)
         if info.device.type in warming.COMPILING:

@@ -11,6 +11,7 @@ from kvpager import _validate as arguments
 from kvpager._text import listed
 from kvpager.blocks.policies import Eviction, check_eviction
 from kvpager.kv_events.settings import KVEvents
+from kvpager.modes import ModeName, mode_named
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore
@@ -63,6 +64,9 @@ class EngineConfig:
         role: `"prefill"` answers with the first token, and ends a request when the tiers have the
             full blocks of its prompt. `"decode"` computes the rest elsewhere. Both need tiers that
             other processes read.
+        mode: how sequences find their KV. `"paged"` is blocks anywhere. `"virtual"` maps them into
+            a range of addresses for each sequence (Linux, CPU). `"reserved"` is a region of
+            `max_model_len` tokens for each sequence, as before paging, for comparison.
         kv_events: where routers learn which prompts are cached: an address such as
             `"tcp://127.0.0.1:5557"`, or `KVEvents`. None for nowhere.
 
@@ -88,6 +92,7 @@ class EngineConfig:
     model_id: str | None = None
     role: Role | None = None
     kv_events: str | KVEvents | None = None
+    mode: ModeName = "paged"
 
     def __post_init__(self) -> None:
         shown = arguments.shown
@@ -109,6 +114,7 @@ class EngineConfig:
             raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
         self._check_tiers()
         self._check_role()
+        self._check_mode()
         if self.published_events is not None and not self.prefix_cache:
             raise ValueError("kv_events: they report cached prompts. Leave out prefix_cache=False.")
 
@@ -134,6 +140,21 @@ class EngineConfig:
                 f"role={role!r}: no other process reads the tiers of this engine. "
                 'Pass tiers= with a store that both share, such as "valkey://cache:6379".'
             )
+
+    def _check_mode(self) -> None:
+        if not isinstance(self.mode, str):
+            raise TypeError(f"mode={arguments.shown(self.mode)}: expected a str.")
+        mode_named(self.mode)
+        if self.mode != "reserved":
+            return
+        for name, default in (
+            ("host_memory", None), ("tiers", ()), ("kv_events", None), ("eviction", "lru")
+        ):  # fmt: skip
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f'{name}: mode="reserved" has regions, and no blocks that could leave. Leave '
+                    f'{name} out, or take mode="paged".'
+                )
 
     @property
     def _stores(self) -> tuple[str | BlockStore, ...]:

@@ -59,7 +59,7 @@ class Budget:
         host_memory: bytes of host memory for sequences that do not fit into the pools.
         in_place: let attention functions read blocks in place; otherwise every read gathers.
         tier: "host" for the budget of the host memory.
-        mode: of the storages, "paged" or "virtual"; see `kvpager.modes`.
+        mode: of the storages, see `kvpager.modes`.
 
     Raises: `TypeError`, `ValueError`.
     """
@@ -87,11 +87,6 @@ class Budget:
             )
         self.kv_cache_dtype = kv_cache_dtype
         mode_named(mode)
-        if mode == "reserved":
-            raise ValueError(
-                'mode="reserved": rows of a patched model have no regions; only BlockStorage has '
-                'the mode. Take "paged" or "virtual".'
-            )
         self.mode = mode
         self.in_place = arguments.flag("in_place", in_place)
         self.counters = Counters()

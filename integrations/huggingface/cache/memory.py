@@ -79,6 +79,11 @@ class PagedMemory:
         keep_pools: bool = False,
         device: PagedMemory | None = None,
     ) -> None:
+        if budget.mode == "reserved":
+            raise ValueError(
+                'mode="reserved": rows of a patched model have no regions, since their length is '
+                'unknown. Take "paged" or "virtual", or an Engine.'
+            )
         self.budget, self.counters = budget, budget.counters
         self.keep_pools = keep_pools
         self.dtype = dtype

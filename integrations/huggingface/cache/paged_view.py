@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
-from kvpager.integrations.huggingface.cache.mapped_rows import MappedRows
 from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, LayerCaches, gather_kv
 from kvpager.ops import attend as attend_in_place
-from kvpager.plans import Int64
+from kvpager.plans import Int32, Int64
+
+
+class TensorRows(Protocol):
+    """Rows of a batch that a storage shows as tensors; `MappedRows` documents the member."""
+
+    def tensors(self, place: Place, tables: Int32, start: int, stop: int) -> list[Tensor] | None:
+        """Return a layer's keys and values of columns `start` to `stop`; None if it cannot."""
 
 
 class Part(NamedTuple):
@@ -99,12 +105,12 @@ class PagedView:
         stop: int,
         budget: Budget,
         owner: object = None,
-        rows: MappedRows | None = None,
+        rows: TensorRows | None = None,
     ) -> None:
         """Make a view of `parts`, whose rows begin with `padding` [rows] columns. O(1).
 
         The view counts its reads in `budget`. It keeps `owner`, which holds the blocks, alive.
-        `rows` are the owner's, mapped by its storages.
+        `rows` are the owner's, if its storages show rows as tensors.
         """
         self.kind, self.parts, self.padding = kind, parts, padding
         self.shape, self.dtype, self.device = kind
@@ -147,8 +153,10 @@ class PagedView:
             return None
         if part.rows is not None or self.padding.any():
             return None
-        tables = part.tables.host.block_tables
-        tensors = self._rows.tensors(part.place, tables, self.start, self.stop)
+        tables, seq_lens = part.tables.host.block_tables, part.tables.host.seq_lens
+        num_missing = self.stop - int(seq_lens[0])  # leading tokens whose blocks were freed
+        columns = self.start - num_missing, self.stop - num_missing
+        tensors = self._rows.tensors(part.place, tables, *columns)
         self.budget.counters.in_place_reads += tensors is not None
         return tensors
 

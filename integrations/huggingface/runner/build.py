@@ -13,11 +13,15 @@ from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig
 from kvpager.errors import KVPagerError
+from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.integrations.huggingface.runner.model_runner import ModelRunner
+from kvpager.integrations.huggingface.runner.sequence_rows import SequenceRows
 from kvpager.integrations.huggingface.runner.sizing import PoolSizes, measured_costs
+from kvpager.modes.reserved_manager import ReservedManager
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.scheduling.scheduler import Scheduler
+from kvpager.storage.block_storage import BlockStorage
 
 
 def max_length_of(info: ModelInfo, config: EngineConfig) -> int | None:
@@ -28,7 +32,28 @@ def max_length_of(info: ModelInfo, config: EngineConfig) -> int | None:
     return arguments.count("max_model_len", config.max_model_len, at_least=1, at_most=most)
 
 
-def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
+def make_runner(
+    model: Any,
+    info: ModelInfo,
+    config: EngineConfig,
+    storage: BlockStorage,
+    budget: Budget,
+    is_packed: bool,
+    max_model_len: int | None,
+) -> ModelRunner:
+    """Make the runner of the model, compiled if the configuration asks for it. O(layers)."""
+    return ModelRunner(
+        model,
+        info,
+        storage,
+        budget,
+        is_packed=is_packed,
+        forward=_compiled_forward(model, config, is_packed),
+        sequences=_sequence_rows(info, config, storage, max_model_len),
+    )
+
+
+def _compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
     """Return the compiled forward pass; None without `compile`."""
     if not config.compile:
         return None
@@ -38,6 +63,20 @@ def compiled_forward(model: Any, config: EngineConfig, is_packed: bool) -> Any:
             "sequence, which is not compiled. Leave compile out."
         )
     return torch.compile(model, **{"dynamic": True} | config.compile_arguments)
+
+
+def _sequence_rows(
+    info: ModelInfo, config: EngineConfig, storage: BlockStorage, max_model_len: int | None
+) -> list[SequenceRows]:
+    """Return the rows of each group of layers; none in mode "paged". O(groups)."""
+    if config.mode == "paged":
+        return []
+    most = storage.num_blocks * storage.block_size
+    length = most if max_model_len is None else min(max_model_len, most)
+    num_rows = config.max_num_seqs
+    if config.mode == "reserved":
+        num_rows = storage.num_blocks // -(-length // storage.block_size)
+    return [SequenceRows(storage, num_rows, length) for _ in info.windows]
 
 
 def costs_of(config: EngineConfig, sizes: PoolSizes, runner: ModelRunner) -> PreemptionCosts | None:
@@ -57,7 +96,7 @@ def make_scheduler(
 ) -> Scheduler:
     """Make the scheduler and the block manager."""
     return Scheduler(
-        make_manager(info, config, sizes, max_chunk),
+        make_manager(info, config, sizes, max_model_len, max_chunk),
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         max_queue_size=config.max_queue_size,
@@ -70,9 +109,17 @@ def make_scheduler(
 
 
 def make_manager(
-    info: ModelInfo, config: EngineConfig, sizes: PoolSizes, max_chunk: int | None
+    info: ModelInfo,
+    config: EngineConfig,
+    sizes: PoolSizes,
+    max_model_len: int | None,
+    max_chunk: int | None,
 ) -> CacheManager:
     """Make the manager of the pool's blocks, a grouped one if layers have windows. O(blocks)."""
+    if config.mode == "reserved":
+        assert max_model_len is not None  # as `pool_blocks` made sure
+        num_rows = sizes.device // -(-max_model_len // config.block_size)
+        return ReservedManager(num_rows, max_model_len, config.block_size)
     events = config.published_events
     settings: dict[str, Any] = {
         "eviction": chosen_policy(config.eviction, sizes.device),

@@ -77,8 +77,10 @@ def blank_layers(model: Any, indices: Sequence[int]) -> dict[int, Any]:
     return {index: layers[index] for index in indices}
 
 
-def inspect_model(model: Any) -> ModelInfo:
+def inspect_model(model: Any, *, one_group: bool = False) -> ModelInfo:
     """Return what a cache needs to know of `model`. Runs one forward pass of two tokens.
+
+    `one_group` keeps all layers in one group, which keeps every token regardless of windows.
 
     Raises: `KVPagerError` for a model whose cache cannot be kept in blocks.
     """
@@ -102,7 +104,7 @@ def inspect_model(model: Any) -> ModelInfo:
     text = model.config.get_text_config(decoder=True)
     max_length = getattr(text, "max_position_embeddings", None)
     indices, shapes, windows = zip(*layers, strict=True)
-    groups = group_layers(shapes, windows, max_length)
+    groups = group_layers(shapes, (None,) * len(shapes) if one_group else windows, max_length)
     embeddings = model.get_input_embeddings()
     if not hasattr(embeddings, "num_embeddings"):
         raise _refusal(model, f"its input embedding is a {type(embeddings).__name__}, not a table")

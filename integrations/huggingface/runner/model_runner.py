@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo, blank_layers
+from kvpager.integrations.huggingface.runner.sequence_rows import SequenceRows
 from kvpager.integrations.huggingface.runner.step_cache import StepCache, StepRows
 from kvpager.kernels.host_rows import to_device
 from kvpager.plans import NO_COPIES, GroupStep, Int32, StepPlan
@@ -37,6 +38,8 @@ class ModelRunner:
         budget: the format of the blocks; its counters count reads.
         is_packed: True for packed passes, False for one pass per sequence; see `probe`.
         forward: the compiled model for packed passes; None for the model itself.
+        sequences: rows for each group of layers, through which a pass per sequence reads its
+            blocks; empty to gather them.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ModelRunner:
         *,
         is_packed: bool,
         forward: Any = None,
+        sequences: Sequence[SequenceRows] = (),
     ) -> None:
         self.model = model
         self.info = info
@@ -58,7 +62,8 @@ class ModelRunner:
         # A mask of four dimensions makes models build no mask of their own. It is never read.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=info.dtype, device=info.device)
         others = blank_layers(model, info.others)
-        self._cache = StepCache(storage, info.layers, others, budget)
+        self._sequences = sequences
+        self._cache = StepCache(storage, info.layers, others, budget, sequences)
 
     @property
     def device_type(self) -> str:
@@ -90,6 +95,8 @@ class ModelRunner:
 
     def forget(self, samples: Int32) -> None:
         """Drop the state of samples. O(samples)."""
+        for group in self._sequences:
+            group.forget(samples)
         if self._kept:
             for sample in samples.tolist():
                 self._kept.pop(sample, None)
@@ -133,6 +140,8 @@ class ModelRunner:
                 self._cache.layers[index] = layer
             first = last - int(plan.num_scheduled[number])
             row = rows.row(number, first, last, int(plan.seq_lens[number]))
+            for group in self._sequences:
+                group.show(sample)
             self._cache.begin(row, is_packed=False)
             of_row = self._single(row, kept)
             if wanted:

@@ -63,6 +63,8 @@ def pool_blocks(
         if max_model_len is not None:
             longest = blocks_for(max_model_len, budget.block_size, info.windows, max_chunk)
             device = min(device, max_num_seqs * longest)
+    if budget.mode == "reserved":
+        device = _whole_regions(device, budget, size, max_model_len, max_num_seqs)
     host = 0 if budget.host is None or budget.host.bound is None else budget.host.bound // size
     if device < least:
         raise KVPagerError(
@@ -70,6 +72,25 @@ def pool_blocks(
             f"({as_text(least * size)}). Free memory there, or use a smaller block_size."
         )
     return PoolSizes(device, host)
+
+
+def _whole_regions(
+    num_blocks: int, budget: Budget, size: int, max_model_len: int | None, max_num_seqs: int
+) -> int:
+    """Return the blocks of the regions that fit into `num_blocks`. Raises: `ValueError`."""
+    if max_model_len is None:
+        raise ValueError(
+            'mode="reserved": the model has no longest sequence. Set max_model_len to reserve '
+            "regions of this length."
+        )
+    region = -(-max_model_len // budget.block_size)
+    if num_blocks < region:
+        raise ValueError(
+            f"{budget.bound_as_given()}: a region of max_model_len={max_model_len} tokens takes "
+            f"{as_text(region * size)}. Raise memory to {as_text(region * size, round_up=True)} or "
+            "lower max_model_len."
+        )
+    return min(num_blocks // region, max_num_seqs) * region
 
 
 def require_room(

@@ -28,9 +28,10 @@ from kvpager.integrations.huggingface.cache.paged_tensor import paged_tensors
 from kvpager.integrations.huggingface.cache.paged_view import PagedView, Part, packed
 from kvpager.integrations.huggingface.cache.pools import Place
 from kvpager.integrations.huggingface.cache.row_tables import RowTables
+from kvpager.integrations.huggingface.runner.sequence_rows import SequenceRows
 from kvpager.kernels.host_rows import to_device
 from kvpager.ops import HostRows, append
-from kvpager.plans import GroupStep, Int32, StepPlan
+from kvpager.plans import GroupStep, Int32, Int64, StepPlan
 from kvpager.storage.block_storage import BlockStorage, LayerShape
 
 
@@ -145,9 +146,12 @@ class StepCache(DynamicCache):
         layers: Sequence[LayerInfo],
         others: dict[int, Any],
         budget: Budget,
+        sequences: Sequence[SequenceRows] = (),
     ) -> None:
+        """Make a cache; `sequences` are the rows of each group of layers. O(layers)."""
         super().__init__()
         self.layer_class_to_replicate = None
+        self.sequences = sequences
         self.budget = budget
         self.place = packed_custom_ops.enter(self)
         self.rows: StepRows | None = None
@@ -200,7 +204,9 @@ class StepLayer(DynamicLayer):
         """Return the keys and values of all rows in a packed pass. O(1)."""
         return PackedView(self._caches, self.window, *self._shown(0, self.rows.ids.shape[1]))
 
-    def _shown(self, start: int, stop: int) -> tuple[Any, ...]:
+    def _shown(
+        self, start: int, stop: int
+    ) -> tuple[LayerKind, list[Part], Int64, int, int, Budget]:
         parts = [Part(self.place, None, self.group_rows.tables)]
         return self._kind, parts, _NO_PADDING, start, stop, self.budget
 
@@ -216,7 +222,10 @@ class StepLayer(DynamicLayer):
         if self._cache.is_packed:
             view: PagedView = self.packed_view()
         else:
-            view = PagedView(*self._shown(self._first_visible(), self.rows.longest))
+            sequences = self._cache.sequences
+            of_group = sequences[self.group] if sequences else None
+            shown = self._shown(self._first_visible(), self.rows.longest)
+            view = PagedView(*shown, rows=of_group)
         return paged_tensors(view)
 
     def write(self, key: Tensor, value: Tensor) -> None:
