@@ -22,6 +22,15 @@ def check_writable(json_file: str | None) -> None:
         raise BadInput(f"--json={json_file}: expected a file in a folder that exists, or -.")
 
 
+def check_page(name: str, file: str | None) -> None:
+    """Raise `BadInput` if the folder of `--name` does not exist. O(1)."""
+    if file is None:
+        return
+    path = Path(file)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise BadInput(f"--{name}={file}: expected a file in a folder that exists.")
+
+
 def check_plot(file: str | None) -> None:
     """Raise `BadInput` if `--plot` names no picture, or matplotlib is missing. O(1)."""
     if file is None:

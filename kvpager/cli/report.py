@@ -10,7 +10,7 @@ import typer
 
 from kvpager._text import size
 from kvpager.cli.errors import wrong_usage
-from kvpager.errors import BadInput
+from kvpager.cli.files import check_page
 
 _Recording = Annotated[
     str,
@@ -46,8 +46,7 @@ def report(recording: _Recording, output: _Output = None) -> None:
     with wrong_usage(), warnings.catch_warnings(record=True) as cut:
         warnings.simplefilter("always")
         page = Path(output) if output is not None else _beside(Path(recording))
-        if page.is_dir() or not page.absolute().parent.is_dir():
-            raise BadInput(f"--output={page}: expected a file in a folder that exists.")
+        check_page("output", str(page))
         html = writer.report(Path(recording))
     for warning in cut:
         typer.echo(f"kvpager: {warning.message}", err=True)

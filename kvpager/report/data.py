@@ -78,6 +78,7 @@ def _frames(run: Run, moments: Sequence[Moment]) -> dict[str, list[Any]]:
         "tokens": [each.counts.tokens for each in moments],
         "running": [each.num_running for each in moments],
         "swapped": [len(each.lengths) - each.num_running for each in moments],
+        "queued": [each.num_queued for each in moments],
         "saved": [each.saved for each in moments],
         "tree": [each.tree for each in moments],
     }

@@ -27,7 +27,8 @@ class Run:
         grid: the cells of a map, for the pool at its largest.
         moments: the state at the shown steps.
         lives: the lives of requests.
-        num_steps, num_sequences, most_running, most_tokens: counts over all steps.
+        users: the request of each sequence; -1 - sequence for one of no request.
+        num_steps, most_running, most_tokens: counts over all steps.
         is_complete: False if the run stopped early, or still runs.
     """
 
@@ -45,9 +46,10 @@ class Run:
         self.grid = Grid(most_blocks - header.num_reserved, header.block_size)
         self.lives = Lives()
         self.moments: list[Moment] = []
-        self.num_steps = self.num_sequences = self.most_running = self.most_tokens = 0
+        self.num_steps = self.most_running = self.most_tokens = 0
+        self.users: dict[int, int] = {}
         self._changes: list[tuple[int, int, bool]] = []  # step, sequence, begins
-        self._users: set[int] = set()
+        self._live: set[int] = set()
         self._longest = 1
         frames = min(FRAMES_MAX, max(FRAMES_MIN, _BLOCKS_MAX // most_blocks))
         self._replay(recording, set(shown_steps(num_steps, frames)))
@@ -65,7 +67,7 @@ class Run:
             self._observe(step, state)
             if step.step in shown:
                 self.moments.append(camera.moment(step.step, step.t))
-        for sequence in self._users:
+        for sequence in self._live:
             self._longest = max(self._longest, *state.sequences[sequence].lengths)
         if step is not None and self.moments[-1].step != step.step:  # the scan saw a cut line
             self.moments.append(camera.moment(step.step, step.t))
@@ -77,17 +79,17 @@ class Run:
             self.lives.observe(step)
         for sequence, request, _ in step.begin:
             if is_of_user(state, request):
-                self._users.add(sequence)
+                self._live.add(sequence)
+                self.users[sequence] = -1 - sequence if request is None else request
                 self._changes.append((step.step, sequence, True))
-                self.num_sequences += 1
         if step.begin or step.state:
             swapped = sum(each.state == "swapped" for each in state.requests.values())
-            self.most_running = max(self.most_running, len(self._users) - swapped)
+            self.most_running = max(self.most_running, len(self._live) - swapped)
 
     def _note_ends(self, step: Step, state: ReplayedState) -> None:
         for sequence in step.end:
-            if sequence in self._users:
-                self._users.remove(sequence)
+            if sequence in self._live:
+                self._live.remove(sequence)
                 self._changes.append((step.step, sequence, False))
                 self._longest = max(self._longest, *state.sequences[sequence].lengths)
 

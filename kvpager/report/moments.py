@@ -18,7 +18,8 @@ class Moment:
     """The state at a shown step.
 
     `saved` counts the blocks that would be there besides if no block were shared. `lengths` are
-    the tokens of each sequence that a naive allocator would give a region.
+    the tokens of each sequence that a naive allocator would give a region. `num_queued` counts the
+    requests without a sequence.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Moment:
     lengths: dict[int, int]
     requests: dict[int, int | None]
     num_running: int
+    num_queued: int
 
 
 def shown_steps(num_steps: int, num_frames: int) -> list[int]:
@@ -66,6 +68,7 @@ class Camera:
             lengths={number: max(each.lengths) for number, each in shown.items()},
             requests={number: each.request for number, each in shown.items()},
             num_running=sum(not self._is_swapped(each) for each in shown.values()),
+            num_queued=len(state.requests.keys() - {each.request for each in shown.values()}),
         )
 
     def _counts(self, sequence: ReplayedSequence) -> bool:

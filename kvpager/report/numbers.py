@@ -38,11 +38,13 @@ def _both(run: Run, pool: ReservedPool, reserved: list[Reserved], noun: str) -> 
         f"{run.most_tokens:,}",
         "A shared token counts once when paged. Reserving has a copy for each sequence.",
     )
+    users = set(run.users.values())
+    refused = len(users - {run.users[each] for each in pool.served})
     yield (
         f"{noun}s that never had a region",
-        f"{pool.num_refused:,} of {run.num_sequences:,}",
+        f"{refused:,} of {len(users):,}",
         "",
-        "Paging ran them from their beginning to their end.",
+        "Paging ran them.",
     )
 
 

@@ -23,8 +23,8 @@ class ReservedPool:
     num_blocks: int
     region_blocks: int
     block_size: int
-    num_refused: int = 0  # sequences that ended without ever having a region
     most_running: int = 0
+    served: set[int] = field(default_factory=set)  # sequences that had a region
     regions: dict[int, int] = field(default_factory=dict)  # of sequences
     waiting: dict[int, None] = field(default_factory=dict)  # an ordered set
     _free: list[int] = field(default_factory=list)
@@ -51,7 +51,6 @@ class ReservedPool:
         """Take the region of the sequence back, and give it to the next one. O(log regions)."""
         if sequence in self.waiting:
             del self.waiting[sequence]
-            self.num_refused += 1
             return
         heapq.heappush(self._free, self.regions.pop(sequence))
         self._admit()
@@ -61,6 +60,7 @@ class ReservedPool:
             sequence = next(iter(self.waiting))
             del self.waiting[sequence]
             self.regions[sequence] = heapq.heappop(self._free)
+            self.served.add(sequence)
         self.most_running = max(self.most_running, len(self.regions))
 
     def blocks(self, lengths: dict[int, int], requests: dict[int, int | None]) -> Blocks:

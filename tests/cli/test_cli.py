@@ -383,7 +383,7 @@ def test_help_lists_every_command() -> None:
         assert word in result.stdout
 
 
-COMMANDS = ["demo", "env", "simulate", "check", "mutants", "run", "bench throughput"]
+COMMANDS = ["demo", "env", "simulate", "report", "check", "mutants", "run", "bench throughput"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -87,6 +87,21 @@ def test_reserved_regions_hold_the_same_tokens_without_sharing(two_requests) -> 
     assert run["reserved"]["tokens"] == [13, 15, 8]
 
 
+def test_a_request_without_a_sequence_waits_on_both_sides(tmp_path: Path) -> None:
+    steps = ({**TWO_REQUESTS[0], "new": [[0, 6, 9, 1], [1, 7, 9, 1], [2, 5, 5, 1]]},)
+    run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", *steps)))
+    assert (run["frames"]["queued"], run["frames"]["running"]) == ([1], [2])
+
+
+def test_numbers_count_requests_that_never_had_a_region(tmp_path: Path) -> None:
+    header = POOL._replace(max_tokens=32, num_host_blocks=1)  # one region
+    run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", *TWO_REQUESTS[:2], header=header)))
+    rows = {name: (reserved, paged) for name, reserved, paged, _ in run["numbers"]}
+    assert rows["requests that never had a region"] == ("1 of 2", "")
+    assert rows["most requests at once"] == ("1", "2")
+    assert rows["memory taken that holds tokens"] == ("20.3%", "83.3%")  # 13 of 64, 20 of 24
+
+
 def test_a_life_lists_its_states_with_their_steps(two_requests) -> None:
     run, _ = two_requests
     finished, swapped = run["lives"]
@@ -121,7 +136,7 @@ def test_tier_traffic_is_kept_for_each_shown_step(two_requests) -> None:
     assert (tier["name"], tier["inwards"], tier["outwards"]) == ("disk", [0, 30, 30], [0, 70, 70])
 
 
-def test_reserved_pool_admits_in_order_and_counts_those_it_never_served() -> None:
+def test_reserved_pool_admits_in_order_and_remembers_those_it_served() -> None:
     pool = ReservedPool(num_blocks=9, region_blocks=4, block_size=2)
     for sequence in range(4):
         pool.begin(sequence)
@@ -129,7 +144,7 @@ def test_reserved_pool_admits_in_order_and_counts_those_it_never_served() -> Non
     pool.end(2)
     pool.end(0)
     assert pool.regions == {1: 1, 3: 0}
-    assert pool.num_refused == 1
+    assert pool.served == {0, 1, 3}
     blocks = pool.blocks({1: 5, 3: 99}, {1: 7, 3: 8})
     assert blocks.live.tolist() == [2, 2, 2, 2, 2, 2, 1, 0, 0]
     assert blocks.owners.tolist() == [9, 9, 9, 9, 8, 8, 8, 8, 0]

@@ -5,24 +5,24 @@ function figuresOf(run, side, frame) {
   if (side === "reserved") {
     const running = reserved.running[frame], live = reserved.tokens[frame];
     const taken = running * reserved.regionBlocks * blockSize, slots = numBlocks * blockSize;
-    return { running, waiting: reserved.waiting[frame], live, open: taken - live, cached: 0, free: slots - taken, taken };
+    return { running, swapped: 0, waiting: reserved.waiting[frame] + frames.queued[frame], live, open: taken - live, cached: 0, free: slots - taken, taken };
   }
   const taken = frames.held[frame] * blockSize, live = frames.tokens[frame];
   return {
-    running: frames.running[frame], swapped: frames.swapped[frame], waiting: 0, live, open: taken - live, cached: frames.cached[frame] * blockSize,
+    running: frames.running[frame], swapped: frames.swapped[frame], waiting: frames.queued[frame], live, open: taken - live, cached: frames.cached[frame] * blockSize,
     free: frames.free[frame] * blockSize, taken,
   };
 }
 
 function showVerdict(run, side, frame, root) {
-  const f = figuresOf(run, side, frame), noun = run.noun;
-  const more = side === "reserved"
-    ? `${counted(f.running, noun)} run${f.running === 1 ? "s" : ""}, ${f.waiting ? whole(f.waiting) : "none"} wait${f.waiting > 1 ? "" : "s"} for a region`
-    : `${counted(f.running, noun)} run${f.running === 1 ? "s" : ""}${f.swapped ? `, ${whole(f.swapped)} ${f.swapped > 1 ? "are" : "is"} swapped out` : ""}`;
+  const f = figuresOf(run, side, frame);
+  const more = [`${counted(f.running, run.noun)} run${f.running === 1 ? "s" : ""}`];
+  if (f.swapped) more.push(`${whole(f.swapped)} ${f.swapped > 1 ? "are" : "is"} swapped out`);
+  more.push(f.waiting ? `${whole(f.waiting)} wait${f.waiting > 1 ? "" : "s"}` : "none waits");
   root.querySelector(".verdict").replaceChildren(
     element("b", {}, f.taken ? percent(f.live, f.taken) : "–"),
     element("span", {}, f.taken ? "of the memory it has taken holds tokens" : "nothing is taken",
-      element("em", f.waiting ? { class: "bad" } : {}, more)));
+      element("em", side === "reserved" && f.waiting ? { class: "bad" } : {}, more.join(", "))));
 }
 
 function frameNotes(run, frame) {
@@ -72,7 +72,7 @@ function showBelow(run, side, frame, root, pick) {
   if (!reserved.regions) return below.replaceChildren(`Not one region of ${whole(reserved.maxTokens)} tokens fits into this memory.`);
   if (!reserved.waiting[frame]) return below.replaceChildren(`${whole(reserved.running[frame])} of ${counted(reserved.regions, "region")} taken.`);
   const names = reserved.waitingIds[frame], more = reserved.waiting[frame] - names.length;
-  below.replaceChildren("Would be refused now: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : "");
+  below.replaceChildren("Paging runs these, reserving has no region for them: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : "");
 }
 
 function chip(request, pick) {
