@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,16 +16,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("xxhash")
 
 import kvpager  # noqa: E402
-from kvpager.errors import KVPagerError  # noqa: E402
 from kvpager.integrations.huggingface.prefix import prompt_tiers  # noqa: E402
-from kvpager.integrations.huggingface.runner import tiers as opening  # noqa: E402
 from kvpager.scheduling.preemption import PreemptionCosts  # noqa: E402
 from kvpager.storage.tiers import loading  # noqa: E402
-from kvpager.storage.tiers.seals import Digest  # noqa: E402
 from tests.support import tiny_models  # noqa: E402
 from tests.support.llama_calls import generate  # noqa: E402
 from tests.support.tiered_engines import (  # noqa: E402
-    DEAR,
     NUM_CACHED,
     adapted,
     ask,
@@ -35,46 +29,13 @@ from tests.support.tiered_engines import (  # noqa: E402
     engine_over,
     flip_bits,
     llama,
-    patient_tiering,
 )
 from tests.support.tiered_engines import prompt as prompt_of_the_engine  # noqa: E402
+from tests.support.tiered_patches import ids, one, patched, saved_by  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(  # of PEFT's
     "ignore:.*is_gradient_checkpointing:FutureWarning"
 )
-
-
-def one(seed: int = 0) -> dict[str, torch.Tensor]:
-    return tiny_models.prompts([100], seed=seed)
-
-
-def ids(model: Any, inputs: Any, **options: Any) -> list[list[int]]:
-    found: list[list[int]] = generate(model, inputs, **options).sequences.tolist()
-    return found
-
-
-@contextlib.contextmanager
-def patched(model: Any, tiers: Any, **options: Any) -> Iterator[kvpager.Patch]:
-    """A patch whose fetches take as long as a busy machine needs, and that leaves nothing held."""
-    with patient_tiering():
-        options = {"prefix_cache": True, "costs": DEAR} | options
-        patch = kvpager.patch(model, tiers=tiers, **options)
-    opened = patch.prompt_tiers
-    assert opened is not None
-    manager, tiering = opened._pool.manager, opened._tiering
-    with patch:
-        yield patch
-        manager.check()
-    manager.check()
-    staging: Any = tiering._staging
-    assert staging.num_free == staging.num_slots
-    assert tiering.stats().num_fetching == 0
-
-
-def saved_by(model: Any, tiers: Any, inputs: Any, **options: Any) -> None:
-    with patched(model, tiers, **options) as patch:
-        generate(model, inputs)
-        assert patch.stats().prefix_hit_tokens == 0
 
 
 # -------------------------------------------------------------------------------------- hits
@@ -369,140 +330,3 @@ def test_clearing_the_prefix_cache_turns_tiers_off(model: Any, disk: str) -> Non
             assert patch.stats().prefix_hit_tokens == hits
         assert "0 tokens fetched" in patch.report()
         assert "because the prefix cache was cleared" in patch.report()
-
-
-# -------------------------------------------------------------------------------------- controls
-
-
-def test_a_warmed_prompt_is_in_the_pool(model: Any, disk: str) -> None:
-    expected = ids(model, one())
-    saved_by(model, disk, one(), namespace="acme")
-    with patched(model, disk) as patch:
-        prompt = one()["input_ids"][0]
-        assert patch.tiers.warm([prompt]) == 0
-        assert patch.tiers.warm([prompt, prompt], namespace="acme") == NUM_CACHED
-        store = patch.tiers.stats().tiers[0].store
-        with patch.namespace("acme"):
-            assert patch.tiers.warm([prompt]) == 0  # it is in the pool
-            assert ids(model, one()) == expected
-        assert patch.stats().prefix_hit_tokens == NUM_CACHED
-        assert patch.tiers.stats().tiers[0].store.hits == store.hits == NUM_CACHED // 16
-
-
-def test_a_changed_model_warms_nothing(disk: str) -> None:
-    changed = llama()
-    saved_by(changed, disk, one())
-    with patched(changed, disk) as patch:
-        changed.load_state_dict(edited().state_dict())
-        assert patch.tiers.warm([one()["input_ids"][0]]) == 0
-        assert "because the model changed" in patch.report()
-
-
-def test_a_forgotten_namespace_is_found_nowhere(model: Any, disk: str) -> None:
-    saved_by(model, disk, one(), namespace="acme")
-    with patched(model, disk, namespace="acme") as patch:
-        generate(model, one())
-        assert patch.stats().prefix_hit_tokens == NUM_CACHED
-        assert patch.tiers.forget("acme") == NUM_CACHED // 16
-        generate(model, one())
-        assert patch.stats().prefix_hit_tokens == NUM_CACHED
-    with pytest.raises(KVPagerError, match="was undone"):
-        patch.tiers.forget("acme")
-    assert patch.tiers.stats().tiers[0].store.hits == NUM_CACHED // 16
-
-
-def test_a_namespace_keeps_no_more_than_its_limit(model: Any, disk: str) -> None:
-    with patched(model, disk, namespace="acme") as patch:
-        block_bytes = patch.tiers.stats().tiers[0].store.block_bytes
-        patch.tiers.limit("acme", capacity=2 * block_bytes)
-        generate(model, one())
-    with patched(model, disk, namespace="acme") as patch:
-        generate(model, one())
-        assert patch.stats().prefix_hit_tokens <= 32
-        assert patch.tiers.stats().tiers[0].store.num_blocks <= 2
-
-
-def test_a_patch_without_tiers_says_so(model: Any) -> None:
-    with (
-        kvpager.patch(model, prefix_cache=True) as patch,
-        pytest.raises(KVPagerError, match="no tiers"),
-    ):
-        patch.tiers.forget("acme")
-
-
-# -------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("mistral", "sliding windows"),
-        ("mamba", "recurrent|cannot be batched"),
-        ("t5", "encoder's input"),
-    ],
-)
-def test_models_without_tiers_are_refused(name: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(KVPagerError, match=reason):
-        kvpager.patch(
-            tiny_models.tiny_model(name),
-            prefix_cache=True,
-            tiers=f"disk:{tmp_path}/kv?capacity=1MiB",
-        )
-    assert not (tmp_path / "kv").exists()
-
-
-def test_a_model_in_training_is_refused(disk: str) -> None:
-    with pytest.raises(KVPagerError, match=r"model\.eval"):
-        kvpager.patch(llama().train(), prefix_cache=True, tiers=disk)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prefix_cache": False, "tiers": "host:1MiB"}, "Pass prefix_cache=True too"),
-        ({"tiers": "nowhere:1MiB"}, "no store is called 'nowhere'"),
-        ({"tiers": "host:lots"}, "lots"),
-        ({"model_id": "name"}, "model_id: of use with tiers only"),
-        ({"seal": Digest()}, "seal: of use with tiers only"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_settings_that_do_not_fit_are_refused(
-    model: Any, options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        kvpager.patch(model, **{"prefix_cache": True} | options)
-    kvpager.patch(model).undo()  # it is not patched
-
-
-def test_tiers_need_a_model() -> None:
-    with pytest.raises(ValueError, match="the prompts of one model"):
-        kvpager.patch(prefix_cache=True, tiers="host:1MiB")
-
-
-def test_a_second_patch_leaves_the_first_as_it_is(model: Any, disk: str) -> None:
-    with patched(model, disk):
-        with pytest.raises(KVPagerError, match="patched already"):
-            kvpager.patch(model, prefix_cache=True, tiers=disk)
-        generate(model, one())
-    with patched(model, disk) as patch:
-        generate(model, one())
-        assert patch.stats().prefix_hit_tokens == NUM_CACHED
-
-
-def test_a_model_that_changes_while_it_is_patched_is_refused(
-    disk: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changed = llama()
-
-    def name(model: Any) -> str:
-        with torch.no_grad():
-            model.lm_head.weight += 1
-        return "name"
-
-    with monkeypatch.context() as planted:
-        planted.setattr(opening, "model_id", name)
-        with pytest.raises(KVPagerError, match="the model changed while it was patched"):
-            kvpager.patch(changed, prefix_cache=True, tiers=disk)
-    with patched(changed, disk):  # neither the model nor the directory is taken
-        pass
