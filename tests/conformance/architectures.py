@@ -1,8 +1,8 @@
 """Architectures of transformers at toy size, by name: how each is built, and what it is fed.
 
-`DECODERS` are those with plain attention, full or over a window; `architectures_special` holds the
-others. All have 128 tokens, and a window of 8 where they have one; weights are random
-(`tiny_models`).
+`DECODERS` are those with plain attention, full or over a window; `architectures_special` and
+`architectures_across` hold the others. All have 128 tokens, and a window of 8 where they have one;
+weights are random (`tiny_models`).
 """
 
 from __future__ import annotations

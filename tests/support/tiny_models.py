@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from tests.conformance import architectures
+from tests.conformance import architectures_across as across
 from tests.conformance import architectures_special as special
 from tests.conformance.architectures import PAD, VOCAB
 
@@ -17,8 +18,8 @@ ARCHITECTURES = {
     **architectures.DECODERS,
     **special.OTHER_DECODERS,
     **special.RECURRENT,
-    **special.ENCODER_DECODERS,
-    **special.VISION,
+    **across.ENCODER_DECODERS,
+    **across.VISION,
 }
 
 # One of each kind of attention: what tests of a behaviour go through.
