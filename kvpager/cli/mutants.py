@@ -21,9 +21,10 @@ def mutants(
     ] = "",
     processes: Processes = NUM_CPUS,
 ) -> None:
-    """Change the block manager by one known bug at a time, and show which are killed.
+    """Change the library by one known bug at a time, and show which are killed.
 
-    Each mutant runs for at most --operations operations, in its own interpreter.
+    A mutant of the block manager runs for at most --operations operations, and one of the tiers
+    through the suite of stores, each in its own interpreter.
 
     Exit status: 0 if at least 95 % are killed, 1 if fewer, 2 for wrong usage.
     """

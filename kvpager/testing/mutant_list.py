@@ -227,6 +227,44 @@ _BUGS = {
             "            pass\n        else:",
         ),
     },
+    "kvpager.storage.tiers.keyed": {
+        "offer a block before it is written": (
+            "self._keys[slot], self._states[slot] = slot, key, _WRITING",
+            "self._keys[slot], self._states[slot] = slot, key, _READY",
+        ),
+        "reserve two slots for one key": (
+            "slot is None and keys[index] not in new",
+            "slot is None",
+        ),
+        "evict without a report": (
+            "        return gone\n\n    def _withdraw",
+            "        return []\n\n    def _withdraw",
+        ),
+        "offer a key whose slot has other bytes": (
+            "        for key, _ in gone:\n            del self._slots[key]\n",
+            "",
+        ),
+        "count evicted keys as offered": ("self._num_ready -= len(gone)", "pass"),
+        "keep the slots of dropped keys": (
+            "elif not self._pins[slot]:\n                    self._release(slot)",
+            "elif False:\n                    pass",
+        ),
+        "refuse keys that the tier has": (
+            "outcomes = [KNOWN] * len(keys)",
+            "outcomes = [NO_ROOM] * len(keys)",
+        ),
+        "pin a slot without counting it": ("self._pins[slot] += 1", "pass"),
+        "evict a block that is being read": (
+            "self._order.touch([*dict.fromkeys(pinned)])",
+            "pass",
+        ),
+        "find keys behind a gap": ("if self._offered(key) is None:", "if False:"),
+        "find keys after the tier is closed": (
+            "self._states[slot] == _READY and not self._closed else None",
+            "self._states[slot] == _READY else None",
+        ),
+        "reserve slots after the tier is closed": ("room = 0 if self._closed else", "room ="),
+    },
 }
 
 MUTANTS = tuple(

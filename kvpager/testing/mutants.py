@@ -2,7 +2,8 @@
 
 A mutant replaces one exact fragment of a module's source. A new interpreter, which runs this module
 as a program, imports the changed source; no file changes. Then it runs a bounded simulation and
-checks the properties of the conformance suite. The first check that fails kills the mutant.
+checks the properties of the conformance suite. A mutant of `kvpager.storage.tiers` runs through the
+suite of stores instead, in host memory. The first check that fails kills the mutant.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import kvpager
@@ -47,12 +50,19 @@ class Outcome:
         return bool(self.by)
 
 
-# The unchanged source: if the kit kills it, the kit or the manager is wrong.
-UNCHANGED = Mutant("unchanged", "kvpager.blocks.manager", "", "")
+_OF_STORES = "kvpager.storage.tiers."
+_STORE_SUITE = """
+from kvpager.storage.tiers.host import HostStore
+from kvpager.testing.stores import StoreConformance
+
+class TestHostStore(StoreConformance):
+    def make_store(self, layout, num_blocks):
+        return HostStore(num_blocks * layout.block_bytes, layout=layout)
+"""
 
 
 def mutated_source(mutant: Mutant) -> str:
-    """Return the module's source with the fragment replaced. O(source).
+    """Return the module's source with the fragment replaced; unchanged for no fragment. O(source).
 
     Raises: `LookupError` unless the source has the original fragment exactly once.
     """
@@ -60,7 +70,7 @@ def mutated_source(mutant: Mutant) -> str:
     if spec is None or spec.origin is None:
         raise LookupError(f"mutant {mutant.name!r}: no module {mutant.module!r}")
     source = Path(spec.origin).read_text(encoding="utf-8")
-    if mutant == UNCHANGED:
+    if not mutant.original:
         return source
     count = source.count(mutant.original)
     if count != 1:
@@ -93,9 +103,13 @@ def kill(
     """
     for mutant in mutants:
         mutated_source(mutant)
-    unchanged = _try(UNCHANGED, operations, timeout_seconds)
-    if unchanged.killed:
-        raise RuntimeError(f"the unchanged source fails, so mutants prove nothing: {unchanged.by}")
+    # If a kit kills the unchanged source, the kit or the source is wrong.
+    for module in {each.module.startswith(_OF_STORES): each.module for each in mutants}.values():
+        unchanged = _try(Mutant("unchanged", module, "", ""), operations, timeout_seconds)
+        if unchanged.killed:
+            raise RuntimeError(
+                f"the unchanged source fails, so mutants prove nothing: {unchanged.by}"
+            )
     with ThreadPoolExecutor(processes) as pool:
         futures = [pool.submit(_try, mutant, operations, timeout_seconds) for mutant in mutants]
         for future in as_completed(futures):
@@ -148,8 +162,28 @@ def install(mutant: Mutant) -> None:
     exec(compile(mutated_source(mutant), str(spec.origin), "exec"), module.__dict__)
 
 
+def detect_in_stores() -> str:
+    """Return the first test of the suite of stores that fails, or ""."""
+    import pytest
+
+    class First:
+        failed = ""
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            self.failed = self.failed or (report.nodeid.rpartition("::")[2] * report.failed)
+
+    first = First()
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "test_host_store.py")
+        file.write_text(_STORE_SUITE, encoding="utf-8")
+        options = ["-x", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={folder}"]
+        with redirect_stdout(sys.stderr):
+            status = pytest.main([*options, str(file)], plugins=[first])
+    return f"test {first.failed}" if first.failed else "" if status == 0 else f"pytest: {status!r}"
+
+
 def detect(operations: int) -> str:
-    """Return the first check that fails, or ""."""
+    """Return the first check of block managers that fails, or ""."""
     # Imported here: the mutant must be installed first.
     from kvpager.blocks.manager import BlockManager
     from kvpager.testing.adapters import BlockManagerAdapter
@@ -177,8 +211,10 @@ def detect(operations: int) -> str:
 def main() -> None:
     """Read a mutant from stdin, install it, and print the check that failed."""
     job = json.load(sys.stdin)
-    install(Mutant(**job["mutant"]))
-    print(json.dumps(detect(job["operations"])))
+    mutant = Mutant(**job["mutant"])
+    install(mutant)
+    is_of_stores = mutant.module.startswith(_OF_STORES)
+    print(json.dumps(detect_in_stores() if is_of_stores else detect(job["operations"])))
 
 
 if __name__ == "__main__":

@@ -212,6 +212,12 @@ class StoreConformance:
 
     # ---------------------------------------------------------------- room
 
+    def test_dropped_blocks_make_room(self, store: BlockStore) -> None:
+        for first in range(0, 4 * self.num_blocks, self.num_blocks):
+            keys = [key_of(first + number) for number in range(self.num_blocks)]
+            assert save(store, keys) == [Saved.SAVED] * self.num_blocks
+            assert store.drop(keys)
+
     def test_a_store_is_never_over_its_capacity(self, store: BlockStore) -> None:
         capacity = self._capacity(store)
         for number in range(3 * capacity):
