@@ -36,6 +36,7 @@ from kvpager.plans import NO_BLOCKS, Int32
 # How many runs to try for a partial match of their first block. Thousands may branch off here; the
 # latest are the likeliest.
 _PARTIAL_CANDIDATES_MAX = 16
+_RECENT_MAX = 4096  # runs in `recent`
 
 
 class PrefixIndex:
@@ -53,6 +54,9 @@ class PrefixIndex:
         self._forest = forest
         self._evictor = evictor
         self._log = log
+        # Blocks published since a reader set this to [], each run with the block before it; None if
+        # the reader must read all runs.
+        self.recent: list[tuple[int, Int32]] | None = None
 
     # ---------------------------------------------------------------- look up
 
@@ -217,6 +221,10 @@ class PrefixIndex:
         """Report `blocks` to the policy and the log, before they join the tree after `node`."""
         before = int(node.blocks[-1]) if position else -1
         self.arrivals.add(blocks, position, before, node.tree)
+        if self.recent is not None:
+            self.recent.append((before, blocks.astype(np.int32)))
+            if len(self.recent) > _RECENT_MAX:
+                self.recent = None
         if self._log is not None:
             self._log.add("stored", **self._event(node.tree, tag, before, position, blocks, place))
 
@@ -246,13 +254,16 @@ class PrefixIndex:
 
     def published(self) -> Iterator[Event]:
         """Return all runs as `stored` events, parents before children. O(tokens)."""
+        for before, node in self.runs():
+            where = before, node.start, node.blocks, node.place
+            yield Event(0, "stored", **self._event(node.tree, node.tag, *where))
+
+    def runs(self) -> Iterator[tuple[int, Node]]:
+        """Return all runs with the block before each, or -1; parents first. O(nodes)."""
         for root in self._forest.roots.values():
             for node in self._forest.below(root):
                 parent = node.parent
-                before = int(parent.blocks[-1]) if parent and parent.end else -1
-                where = before, node.start, node.blocks, node.place
-                facts = self._event(node.tree, node.tag, *where)
-                yield Event(0, "stored", **facts)
+                yield int(parent.blocks[-1]) if parent and parent.end else -1, node
 
     def _event(
         self,
@@ -283,6 +294,7 @@ class PrefixIndex:
 
     def resize(self, num_blocks: int, places: Int32) -> None:
         """Follow the pool to its new size. `places`: the new id of each block. O(blocks)."""
+        self.recent = None
         self._forest.resize(num_blocks, places)
         self.arrivals.resize(num_blocks, places)
         self.policy.resize(num_blocks, places)

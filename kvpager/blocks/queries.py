@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from kvpager import _validate as arguments
 from kvpager._validate import COUNT_MAX
 from kvpager.blocks.allocation import Allocation, identity
+from kvpager.blocks.changes import Changes
 from kvpager.blocks.sequences import Batch, PrefixMatch, SequenceHandle, Target, listed
 from kvpager.blocks.state import BlockState
 from kvpager.blocks.stats import BlockStatus, Stats, Withheld
@@ -187,6 +188,10 @@ class Queries:
             statuses[pool.refs > 1] = BlockStatus.SHARED
             statuses[: pool.num_reserved] = BlockStatus.RESERVED
             return statuses
+
+    def changes(self) -> Changes:
+        """Return a reader of what changes from one look to the next. O(1)."""
+        return Changes(self._state)
 
     def stats(self) -> Stats:
         """See `BlockManager.stats`. O(blocks + sequences)."""

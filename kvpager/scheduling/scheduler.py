@@ -34,6 +34,7 @@ from kvpager.scheduling.admission import AdmissionPolicy
 from kvpager.scheduling.completion import Completion, read_continuations
 from kvpager.scheduling.placement import Placement
 from kvpager.scheduling.preemption import PreemptionCosts
+from kvpager.scheduling.progress import Progress
 from kvpager.scheduling.queue import SchedulingPolicy, make_policy
 from kvpager.scheduling.request import Request, RequestState, Status, checked_prompt
 from kvpager.scheduling.request_table import RequestTable
@@ -388,6 +389,10 @@ class Scheduler:
     def watermark(self) -> float:
         """The share of blocks that stays available when a request starts. O(1)."""
         return self._admission.watermark
+
+    def progress(self) -> Progress:
+        """Return a reader of how far requests are. It needs the scheduler's lock, if any. O(1)."""
+        return Progress(self._table)
 
     def stats(self) -> SchedulerStats:
         """Return current counts, and totals since the start. O(running)."""
