@@ -45,6 +45,7 @@ from kvpager.integrations.huggingface.runner.build import (
     make_runner,
     make_scheduler,
     max_length_of,
+    record_of,
 )
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
 from kvpager.integrations.huggingface.runner.probe import AttentionSwitch, choose_forward
@@ -158,6 +159,7 @@ class Engine:
             watch=watch,
             save_wait_s=_SAVE_WAIT_S if config.role == "prefill" else None,
             kv_events=config.published_events,
+            record=record_of(config, model, length),
             on_step=on_step,
             # A new thread begins with a number of its own.
             on_begin=functools.partial(torch.set_num_threads, torch.get_num_threads()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -69,6 +70,9 @@ class EngineConfig:
             `max_model_len` tokens for each sequence, as before paging, for comparison.
         kv_events: where routers learn which prompts are cached: an address such as
             `"tcp://127.0.0.1:5557"`, or `KVEvents`. None for nowhere.
+        record: a file in which to record each step, for `kvpager report` and `kvpager top`: which
+            blocks each request holds, and where each request is. None for none. See
+            `docs/guides/recordings.md`.
 
     Raises: `TypeError`, `ValueError` for settings of a wrong type or value.
     """
@@ -93,6 +97,7 @@ class EngineConfig:
     role: Role | None = None
     kv_events: str | KVEvents | None = None
     mode: ModeName = "paged"
+    record: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         shown = arguments.shown
@@ -110,6 +115,12 @@ class EngineConfig:
             )
         if self.compile:
             require_no_cuda_graphs(self.compile_arguments)
+        if self.record is not None and not isinstance(self.record, str | os.PathLike):
+            raise TypeError(f"record={shown(self.record)}: expected the path of a file, or None.")
+        if self.record is not None and self.mode == "reserved":
+            raise ValueError(
+                "record: regions are not recorded. Record mode='paged'; the report shows both."
+            )
         if self.costs is not None and not isinstance(self.costs, PreemptionCosts):
             raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
         self._check_tiers()

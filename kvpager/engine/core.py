@@ -30,6 +30,7 @@ from kvpager.engine.model_watch import ModelGuard, ModelWatch
 from kvpager.engine.pauses import Pause, Pauses
 from kvpager.engine.processes import Process
 from kvpager.engine.quotas import LiveQuotas
+from kvpager.engine.recording import Record, record_engine
 from kvpager.engine.request_state import RequestSettings, TrackedRequest
 from kvpager.engine.runner import Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Output, Stream
@@ -76,6 +77,7 @@ class EngineCore:
             None saves blocks later.
         kv_events: where to publish which blocks are cached, for routers; None for nowhere. The
             manager must log events.
+        record: the file to record steps in, and what to call them; None for none.
         on_step: callback invoked after every step, on the engine's thread.
         on_begin: callback invoked at the start of the engine's thread.
         on_end: callback invoked at the end of the engine's thread.
@@ -98,6 +100,7 @@ class EngineCore:
         tiering: Tiering | None = None,
         save_wait_s: float | None = None,
         kv_events: KVEvents | None = None,
+        record: Record | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         on_begin: Callable[[], object] = lambda: None,
         on_end: Callable[[], object] = lambda: None,
@@ -126,14 +129,18 @@ class EngineCore:
         quotas = LiveQuotas(scheduler, self._loop.requests)
         self.quotas = NamespaceQuotas(lambda: [(quotas, runner.block_bytes)], self._locked)
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
-        self.kv_events = None if kv_events is None else publish(scheduler, kv_events, tiering)
+        self.kv_events: Any = None  # `Publisher` needs the extra `events`
         try:
+            if kv_events is not None:
+                self.kv_events = publish(scheduler, kv_events, tiering)
+            if record is not None:
+                self._loop.recorder = record_engine(scheduler, runner, self._fetching, record)
             with self._lock, Uninterrupted(self._lock):
                 self._thread.start()
                 _open_engines.add(self)
         except BaseException:
             self.stop()
-            self._close_events()
+            self._close_outputs()
             raise
 
     @property
@@ -268,11 +275,13 @@ class EngineCore:
                 self._fetching.close(saving=saving, run_plan=self._loop.run_transfers)
             except Exception:
                 logger.exception("a tier failed to close")
-        self._close_events()
+        self._close_outputs()
         self._dispatcher.close()
         self._on_end()
 
-    def _close_events(self) -> None:
+    def _close_outputs(self) -> None:
+        if self._loop.recorder is not None:
+            self._loop.recorder.close()
         if self.kv_events is not None:
             self.kv_events.close()
 

@@ -18,6 +18,7 @@ from kvpager.engine.request_state import TrackedRequest, TrackedSample
 from kvpager.engine.runner import Draw, Runner, Sampler
 from kvpager.engine.stream import Channel, Dispatcher, Token, listener_errors_logged
 from kvpager.plans import Reason, StepPlan
+from kvpager.recording.recorder import Recorder
 from kvpager.scheduling.request import Request
 from kvpager.scheduling.scheduler import Scheduler
 
@@ -43,7 +44,8 @@ class Loop:
         on_step: callback invoked after every step.
 
     The callbacks of `between_steps` are invoked before each step, without the lock. Unlike a pause,
-    calling them drops no cached prefixes. A callback that raises stops the engine.
+    calling them drops no cached prefixes. A callback that raises stops the engine. `recorder`, if
+    any, records each plan before it is computed.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Loop:
         self.runner = runner
         self.requests: dict[Hashable, TrackedRequest] = {}  # the live ones
         self.between_steps: list[Callable[[], None]] = []
+        self.recorder: Recorder | None = None
         if guard is not None:
             self.between_steps.append(guard.between_steps)
         if fetching is not None:
@@ -165,6 +168,8 @@ class Loop:
         plan = self.scheduler.plan(() if fetching is None else fetching.take_transfers())
         if plan is None:
             return None
+        if self.recorder is not None:
+            self.recorder.step(plan)
         for sample in plan.freed.tolist():
             self._samples.pop(sample, None)
         for request_id, reason in plan.ended:

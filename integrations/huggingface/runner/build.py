@@ -12,6 +12,7 @@ from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import chosen_policy
 from kvpager.blocks.protocol import CacheManager
 from kvpager.engine.config import EngineConfig
+from kvpager.engine.recording import Record
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
@@ -129,3 +130,11 @@ def make_manager(
     if not any(info.windows):
         return BlockManager(*counts, **settings)
     return GroupedManager(info.windows, *counts, max_chunk=max_chunk, **settings)
+
+
+def record_of(config: EngineConfig, model: Any, max_tokens: int | None) -> Record | None:
+    """Return what to record, and where; None for nothing. O(1)."""
+    if config.record is None:
+        return None
+    eviction = config.eviction if isinstance(config.eviction, str) else None
+    return Record(config.record, max_tokens, config.policy, eviction, type(model).__name__)
