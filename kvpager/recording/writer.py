@@ -63,6 +63,8 @@ class RecordingWriter:
 
     def write(self, line: bytes) -> None:
         """Append a line soon. O(1); never waits, never raises. Does nothing once closed."""
+        if not self.is_open:  # in a fork, nobody may release the lock
+            return
         with self._lock:
             if self._is_open:
                 self._lines.append(line)
