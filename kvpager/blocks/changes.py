@@ -1,9 +1,8 @@
 """What changed in a manager between two looks, for a recording: `manager.queries.changes()`.
 
-Nothing is reported by the verbs. A look compares the tables, lengths and cached blocks with copies
-from the look before, in a few vector operations. Only tables that differ are read one by one. The
-parents of published blocks are noted by the prefix index once somebody looks, see
-`PrefixIndex.recent`.
+No verb reports anything. A look compares the tables, lengths and cached blocks with copies from the
+look before, in a few vector operations. Only tables that differ are read one by one. The prefix
+index notes the parents of published blocks after the first look, see `PrefixIndex.recent`.
 """
 
 from __future__ import annotations

@@ -115,19 +115,23 @@ class EngineConfig:
             )
         if self.compile:
             require_no_cuda_graphs(self.compile_arguments)
-        if self.record is not None and not isinstance(self.record, str | os.PathLike):
-            raise TypeError(f"record={shown(self.record)}: expected the path of a file, or None.")
-        if self.record is not None and self.mode == "reserved":
-            raise ValueError(
-                "record: regions are not recorded. Record mode='paged'; the report shows both."
-            )
         if self.costs is not None and not isinstance(self.costs, PreemptionCosts):
             raise TypeError(f"costs={shown(self.costs)}: expected PreemptionCosts or None.")
+        self._check_record()
         self._check_tiers()
         self._check_role()
         self._check_mode()
         if self.published_events is not None and not self.prefix_cache:
             raise ValueError("kv_events: they report cached prompts. Leave out prefix_cache=False.")
+
+    def _check_record(self) -> None:
+        if self.record is not None and not isinstance(self.record, str | os.PathLike):
+            shown = arguments.shown(self.record)
+            raise TypeError(f"record={shown}: expected the path of a file, or None.")
+        if self.record is not None and self.mode == "reserved":
+            raise ValueError(
+                "record: regions are not recorded. Record mode='paged'; the report shows both."
+            )
 
     def _check_tiers(self) -> None:
         arguments.label("model_id", self.model_id)

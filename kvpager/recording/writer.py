@@ -63,7 +63,7 @@ class RecordingWriter:
 
     def write(self, line: bytes) -> None:
         """Append a line soon. O(1); never waits, never raises. Does nothing once closed."""
-        if not self.is_open:  # in a fork, nobody may release the lock
+        if not self.is_open:  # in a fork, the lock may stay locked
             return
         with self._lock:
             if self._is_open:

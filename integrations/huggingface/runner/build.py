@@ -137,4 +137,5 @@ def record_of(config: EngineConfig, model: Any, max_tokens: int | None) -> Recor
     if config.record is None:
         return None
     eviction = config.eviction if isinstance(config.eviction, str) else None
-    return Record(config.record, max_tokens, config.policy, eviction, type(model).__name__)
+    name = type(model).__name__
+    return Record(config.record, max_tokens, config.policy, eviction, name, config.mode)
