@@ -39,11 +39,20 @@ def find_device(name: str | None) -> torch.device:
 
 def default_model() -> Any:
     """Return a bfloat16 Llama of 28 million random weights, the same in every call."""
+    return _llama(512, num_layers=8).to(torch.bfloat16)
+
+
+def small_model() -> Any:
+    """Return a float32 Llama of 5 million random weights, ready for greedy decoding."""
+    return _ready(_llama(256, num_layers=4))
+
+
+def _llama(hidden_size: int, num_layers: int) -> Any:
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=num_layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=16_384,
@@ -53,7 +62,12 @@ def default_model() -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(config)
-    return model.to(torch.bfloat16)
+    return model
+
+
+def _ready(model: Any) -> Any:
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return model.eval()
 
 
 def load(path: str | None, device: torch.device | str = "cpu") -> Any:
@@ -70,8 +84,7 @@ def load(path: str | None, device: torch.device | str = "cpu") -> Any:
             raise BadInput(f"model={path}: no such folder. Make one with save_pretrained.")
         with quiet_transformers():
             model = from_pretrained(AutoModelForCausalLM, path, dtype="auto")
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return model.to(device).eval()
+    return _ready(model.to(device))
 
 
 def from_pretrained(kind: Any, name: str, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import typer
 
 import kvpager
 from kvpager.cli.bench import throughput
+from kvpager.cli.bench_modes import modes
 from kvpager.cli.check import check
 from kvpager.cli.demo import demo
 from kvpager.cli.env import env
@@ -57,7 +58,8 @@ def kvpager_command(
 for command in (demo, env, simulate, report, check, mutants):
     app.command(cls=Command)(command)
 app.command(cls=Program, context_settings=PASS_THROUGH)(run)
-bench.command(cls=Command)(throughput)
+for command in (throughput, modes):
+    bench.command(cls=Command)(command)
 app.add_typer(bench, name="bench")
 for command in (ls, stats, verify, gc):
     tiers.command(cls=Command)(command)

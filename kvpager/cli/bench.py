@@ -101,7 +101,7 @@ def throughput(given: SystemOptions, options: Options) -> None:
 
     served = model, workload, given
     with contextlib.ExitStack() as bars:
-        stage = functools.partial(_bar, bars, options)
+        stage = functools.partial(bar, bars, options.repeats, options.json_file == "-")
         figures = comparison.measure(systems, *served, stage=stage, **settings)
     _report(comparison.describe(*served, **settings), figures, workload, options)
 
@@ -151,7 +151,7 @@ def _workload(options: Options, vocabulary: int, max_length: int | None) -> Work
         )
     return synthetic(
         64 if options.num_prompts is None else options.num_prompts,
-        _range(options.input_len),
+        length_range(options.input_len),
         options.output_len,
         vocabulary=vocabulary,
         prefix_len=options.prefix_len,
@@ -160,8 +160,8 @@ def _workload(options: Options, vocabulary: int, max_length: int | None) -> Work
     )
 
 
-def _range(text: str) -> tuple[int, int]:
-    """Return the bounds in `32-512`; one number is both."""
+def length_range(text: str) -> tuple[int, int]:
+    """Return the bounds in `32-512`; one number is both. O(1). Raises: `ValueError`."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
     if match is None:
         raise ValueError(f"input_len={text!r}: expected LOW-HIGH, such as 32-512.")
@@ -171,23 +171,28 @@ def _range(text: str) -> tuple[int, int]:
 # -------------------------------------------------------------------- the output
 
 
-def _bar(
-    bars: contextlib.ExitStack, options: Options, name: str, repeat: int, num_requests: int
+def bar(
+    bars: contextlib.ExitStack,
+    repeats: int,
+    is_quiet: bool,
+    name: str,
+    repeat: int,
+    num_requests: int,
 ) -> Progress:
-    """Show a progress bar on stderr in place of the one before."""
+    """Show a progress bar on stderr in place of the one before. O(1)."""
     from tqdm import tqdm
 
     bars.close()
-    what = "getting ready" if repeat == 0 else f"{repeat} of {options.repeats}"
-    bar = tqdm(
+    what = "getting ready" if repeat == 0 else f"{repeat} of {repeats}"
+    shown = tqdm(
         total=num_requests,
         desc=f"{name}, {what}",
         unit="request",
         leave=False,
         file=sys.stderr,
-        disable=options.json_file == "-" or None,  # tqdm's None: on a terminal only
+        disable=is_quiet or None,  # tqdm's None: on a terminal only
     )
-    progress: Progress = bars.enter_context(bar).update
+    progress: Progress = bars.enter_context(shown).update
     return progress
 
 

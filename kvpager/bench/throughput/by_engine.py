@@ -17,6 +17,7 @@ from kvpager.errors import BadInput
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.engine import Engine
 from kvpager.integrations.huggingface.runner.model_info import inspect_model
+from kvpager.scheduling.scheduler import SchedulerStats
 
 
 class EngineSystem:
@@ -55,7 +56,7 @@ class EngineSystem:
         at_once = sum(item.arrival <= 0 for item in workload.items)
         self._num_runs += 1
         with self._fresh():
-            before = self.engine.stats().scheduler
+            before, copied = self._counts()
             self._moments = []
             self._start = self._clock.now()
             coming = arrivals(workload, self._start, self._clock)
@@ -65,7 +66,7 @@ class EngineSystem:
         for stream in streams:
             outputs.append(stream.result())
             progress(1)
-        after = self.engine.stats().scheduler
+        after, now_copied = self._counts()
         served = [
             self._served(output, item.arrival)
             for output, item in zip(outputs, workload.items, strict=True)
@@ -80,8 +81,13 @@ class EngineSystem:
             tier_tokens=sum(sum(each.cached_tokens_by_tier.values()) for each in outputs)
             if self.engine.config.tiers
             else None,
+            copied_blocks=now_copied - copied,
             moments=self._moments,
         )
+
+    def _counts(self) -> tuple[SchedulerStats, int]:
+        stats = self.engine.stats()
+        return stats.scheduler, stats.pool.total_copied
 
     def _fresh(self) -> contextlib.AbstractContextManager[None]:
         """Begin a run that finds no prompts of earlier runs.
@@ -113,14 +119,16 @@ class EngineSystem:
 
     def _note(self, record: StepRecord) -> None:
         scheduler, pool = record.stats.scheduler, record.stats.pool
+        held = pool.num_held + pool.num_kept
+        slots = held * pool.block_size
         self._moments.append(
             Moment(
                 self._clock.now() - self._start,
                 record.rows,
                 record.tokens,
-                pool.num_held,
+                held,
                 pool.num_blocks,
-                record.slot_use,
+                pool.num_tokens / slots if slots else 1.0,
                 scheduler.num_running,
                 scheduler.num_waiting,
                 scheduler.num_preempted,

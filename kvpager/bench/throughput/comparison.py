@@ -94,13 +94,17 @@ def measure(
             opening = open_system(name, model, folder, options, works[name])
             systems[name] = stack.enter_context(opening)
             systems[name].run(few, progress)
-        runs = _take_turns(systems, works, repeats, stage)
+        runs = take_turns(systems, works, repeats, stage)
     return compare(runs, _notes(works, len(workload.items)))
 
 
-def _take_turns(
+def take_turns(
     systems: dict[str, System], works: dict[str, Workload], repeats: int, stage: Stage
 ) -> dict[str, list[Run]]:
+    """Run each system `repeats` times: A B C A B C. O(requests).
+
+    Raises: `ValueError` if a request did not get all its tokens.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in systems}
     for repeat in range(1, repeats + 1):
         for name, system in systems.items():

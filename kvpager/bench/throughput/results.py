@@ -38,7 +38,7 @@ class Moment(NamedTuple):
     seconds: float
     rows: int
     tokens: int
-    held_blocks: int
+    held_blocks: int  # reserved ones included
     pool_blocks: int
     slot_use: float  # of the slots in held blocks, the share that holds a token
     running: int
@@ -64,6 +64,7 @@ class Run:
     recomputed: int | None = None  # preemptions by recompute
     hit_tokens: int | None = None  # of prompts, found in the prefix cache
     tier_tokens: int | None = None  # of those, loaded from tiers
+    copied_blocks: int | None = None  # on the device
     moments: list[Moment] = field(default_factory=list)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -81,6 +81,10 @@ class Options:
         _TIERS, "Encrypt what stores get with the secret in this file.", "FILE", shown="a digest"
     )
     engine: dict[str, Any] = field(default_factory=dict)  # further settings of kvpager's engine
+
+    def with_engine(self, **settings: Any) -> Options:
+        """Return the options with further settings of kvpager's engine. O(settings)."""
+        return replace(self, engine=self.engine | settings)
 
     def engine_config(self) -> EngineConfig:
         """Return the settings of kvpager's engine. O(1).

@@ -56,7 +56,9 @@ def test_every_mode_writes_the_tokens_of_generate(name: str, mode: str) -> None:
 def test_every_mode_draws_the_same_samples(name: str, mode: str) -> None:
     model = made(name)
     prompts = some_prompts(model, count=3)
-    settings = {"do_sample": True, "temperature": 0.9, "num_return_sequences": 3}
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 0.9}
+    if name != "qwen3_next":  # its samples cannot share a state
+        settings["num_return_sequences"] = 3
     drawn = []
     for options in (MODES["paged"], MODES[mode]):
         with Engine(model, block_size=4, **options) as engine:

@@ -1,0 +1,1 @@
+"""Compare the modes of managing KV memory: the same requests in the same bytes."""
