@@ -81,6 +81,9 @@ def _reach(spec: Any) -> int | None:
     return int(spec.sliding_window) - 1 + int(spec.extra_retained_tokens)
 
 
+Names = Callable[[ChunkGroup, int], bytes | None]
+
+
 class Piece(NamedTuple):
     """Successive blocks of a request that the device holds, and the position of the first."""
 
@@ -91,6 +94,9 @@ class Piece(NamedTuple):
 class RequestChunks:
     """The chunks of one request.
 
+    `names` returns the name of a chunk of a group, by its number; None if it has none. A group's
+    chunks are named in order. The default is vLLM's own hash.
+
     Attributes:
         request: vLLM's request.
         context: vLLM's context of the request, for the manager.
@@ -99,22 +105,30 @@ class RequestChunks:
         start: the tokens that the device's own cache had when the request was looked up.
     """
 
-    def __init__(self, request: Any, groups: Sequence[ChunkGroup]) -> None:
+    def __init__(
+        self, request: Any, groups: Sequence[ChunkGroup], names: Names | None = None
+    ) -> None:
         self.request, self._groups = request, groups
+        self._name = names or self._hash
         self.context = ReqContext(request.request_id)
         self.keys: list[list[Any]] = [[] for _ in groups]
         self.num_offered = [0] * len(groups)
         self.start = 0
 
     def add_keys(self, end: int) -> None:
-        """Read the hashes of vLLM up to token `end`. O(new chunks)."""
+        """Name the full chunks up to token `end`. O(new chunks)."""
         hashes = self.request.block_hashes
         for group, keys in zip(self._groups, self.keys, strict=True):
             known = min(end // group.tokens, len(hashes) // group.hashes)
             for number in range(len(keys), known):
-                last = (number + 1) * group.hashes - 1
-                keys.append(make_offload_key(hashes[last], group.number))
+                if (name := self._name(group, number)) is None:
+                    break
+                keys.append(make_offload_key(name, group.number))
                 self.context.set_offload_key_position(keys[-1], (number + 1) * group.tokens)
+
+    def _hash(self, group: ChunkGroup, number: int) -> bytes:
+        name: bytes = self.request.block_hashes[(number + 1) * group.hashes - 1]
+        return name
 
     def to_load(self, end: int, held: Sequence[list[int]]) -> tuple[list[Any], GPULoadStoreSpec]:
         """Return the chunks, and the blocks of `held`, that hold tokens up to `end`. O(blocks).

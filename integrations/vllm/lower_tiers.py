@@ -34,6 +34,10 @@ class LowerTiers:
     """The stores below host memory. Only `wait_a_moment`, `drain` and `close` wait for a store.
 
     The caller keeps the rows of a transfer as they are, until the transfer has called its `end`.
+
+    Attributes:
+        stores: in the order in which they are asked.
+        is_open: False while no chunk may be looked for or saved.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class LowerTiers:
         store_key: Callable[[bytes], bytes],
     ) -> None:
         """Move chunks between `stores` and `rows`, uint8 [slots, bytes of a chunk]."""
-        self.stores = stores
+        self.stores, self.is_open = stores, True
         self._rows, self._store_key = rows, store_key
         self._fetchers = ThreadPoolExecutor(2, "kvpager-fetch")
         self._saver = ThreadPoolExecutor(1, "kvpager-save")
@@ -62,6 +66,8 @@ class LowerTiers:
 
         At most a quarter of all rows is being saved at a time.
         """
+        if not self.is_open:
+            return 0
         self._saves = {each: count for each, count in self._saves.items() if not each.done()}
         most = max(int(len(self._rows) * _SAVING_MAX), 1)
         return max(most - sum(self._saves.values()), 0)
@@ -119,7 +125,7 @@ class LowerTiers:
         places: dict[bytes, int] = {}
         present = self._leading if is_prefix else self._scattered
         try:
-            for number, store in enumerate(self.stores):
+            for number, store in enumerate(self.stores if self.is_open else ()):
                 missing = [key for key in keys if key not in places]
                 places |= dict.fromkeys(present(store, missing), number)
         except Exception:  # a third-party store may break its contract: vLLM computes its chunks

@@ -7,6 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvpager.integrations.vllm.chunk_order import Ancestry, ChunkOrder, Seen, in_order
 from kvpager.integrations.vllm.host_rows import HostRows
 from kvpager.integrations.vllm.interface import (
@@ -69,6 +72,23 @@ class KvpagerOffloadingManager(OffloadingManager):  # type: ignore[misc]
         self._waiting: dict[str, _Request] = {}  # lacked chunks in this step
         self._num_requests = 0
         self._changes = deque[tuple[bool, list[bytes]]]() if events else None
+
+    @property
+    def num_slots(self) -> int:
+        """The number of chunks that host memory has room for. O(1)."""
+        return self._tier.num_slots
+
+    @property
+    def lower(self) -> LowerTiers:
+        """The stores below. Raises: `ValueError` if there are none."""
+        if self._lower is None:
+            raise ValueError("there are no stores below this host memory")
+        return self._lower
+
+    def row(self, slot: int) -> NDArray[np.uint8]:
+        """Return the bytes of a slot. O(1)."""
+        row: NDArray[np.uint8] = self._rows.rows[slot]
+        return row
 
     def lookup(self, key: Any, req_context: ReqContext) -> LookupResult:
         while self._fetched:

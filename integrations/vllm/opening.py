@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from kvpager.integrations.vllm.identity import chunk_layout, store_keys
 from kvpager.integrations.vllm.interface import OffloadingConfig, get_current_vllm_config_or_none
 from kvpager.integrations.vllm.lower_tiers import LowerTiers
+from kvpager.storage.keys import KEY_BYTES
+from kvpager.storage.tiers.agreement import CommonLayout
 from kvpager.storage.tiers.urls import are_private, open_stores
 
 logger = logging.getLogger("kvpager")
@@ -53,3 +55,18 @@ def open_lower_tiers(
         logger.warning("kvpager: PYTHONHASHSEED is ignored, so that processes share blocks.")
     layout = chunk_layout(config, model_config, model_id, rows.shape[1], arrangement)
     return LowerTiers(open_stores(tiers, layout=layout), rows, store_keys(layout))
+
+
+def open_common_tiers(
+    tiers: Sequence[str], rows: NDArray[np.uint8], common: CommonLayout
+) -> LowerTiers:
+    """Open stores for blocks that several stacks read, uint8 [slots, at least their bytes].
+
+    They stay closed for chunks until the self-test has run. Keys of chunks begin with the key of
+    their block. Raises: as `open_stores`.
+    """
+    layout = common.layout
+    stores = open_stores(tiers, layout=layout)
+    lower = LowerTiers(stores, rows[:, : layout.block_bytes], lambda key: key[:KEY_BYTES])
+    lower.is_open = False
+    return lower

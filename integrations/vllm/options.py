@@ -9,7 +9,7 @@ from typing import Any
 from kvpager import _validate as arguments
 from kvpager.blocks.policies import make_policy
 from kvpager.integrations.vllm.interface import KVTransferConfig
-from kvpager.storage.tiers.urls import checked_tiers
+from kvpager.storage.tiers.urls import are_private, checked_tiers
 
 # vLLM's own settings of its OffloadingConnector that kvpager passes on.
 _PASSED = frozenset(
@@ -27,12 +27,14 @@ class Options:
         tiers: URLs of the stores below it, in the order in which they are asked.
         eviction: which blocks leave the host memory first.
         model_id: the name of the model in the stores; None for a digest of its files.
+        cross_stack: True shares the stores with other stacks.
     """
 
     host_memory: int
     tiers: tuple[str, ...] = ()
     eviction: str = "lru"
     model_id: str | None = None
+    cross_stack: bool = False
 
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> Options:
@@ -52,7 +54,19 @@ class Options:
         make_policy(eviction := ours.get("eviction", "lru"), 1)
         model_id = ours.get("model_id")
         arguments.label("model_id", model_id)
-        return cls(num_bytes, tiers, eviction, model_id)
+        options = cls(num_bytes, tiers, eviction, model_id, ours.get("cross_stack", False))
+        if arguments.flag("cross_stack", options.cross_stack):
+            options._check_cross_stack()
+        return options
+
+    def _check_cross_stack(self) -> None:
+        if are_private(self.tiers):
+            raise ValueError(
+                "cross_stack: no other process reads the tiers. Pass tiers= with a store that both "
+                'stacks use, such as "valkey://cache:6379".'
+            )
+        if self.model_id is None:
+            raise ValueError("cross_stack: stacks know a model by its name. Pass model_id=.")
 
 
 def offload(
@@ -62,6 +76,7 @@ def offload(
     eviction: str = "lru",
     model_id: str | None = None,
     synchronous: bool = False,
+    cross_stack: bool = False,
     **settings: Any,
 ) -> Any:
     """Return the `KVTransferConfig` with which vLLM keeps blocks in kvpager's tiers.
@@ -77,6 +92,9 @@ def offload(
             digest of its files.
         synchronous: take kvpager's connector, which copies within the step, not vLLM's
             OffloadingConnector.
+        cross_stack: share the stores with other stacks, such as transformers under kvpager, that
+            have the same `model_id` and blocks as large as a chunk. Needs `synchronous`, and a call
+            of `run_probe`.
         settings: vLLM's own: `blocks_per_chunk`, `block_size`, `offload_prompt_only`,
             `self_describing_kv_events`.
 
@@ -87,9 +105,11 @@ def offload(
         "tiers": [tiers] if isinstance(tiers, str) else list(tiers),
         "eviction": eviction,
         "model_id": model_id,
+        "cross_stack": cross_stack,
         **settings,
     }
-    Options.of(extra)
+    if Options.of(extra).cross_stack and not synchronous:
+        raise ValueError("cross_stack: expected synchronous=True beside it")
     if not arguments.flag("synchronous", synchronous):
         extra |= {
             "spec_name": "KvpagerOffloadingSpec",

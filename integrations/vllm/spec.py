@@ -12,10 +12,17 @@ from kvpager.integrations.vllm.interface import (
     OffloadingConfig,
     OffloadingSpec,
 )
+from kvpager.integrations.vllm.lower_tiers import LowerTiers
 from kvpager.integrations.vllm.manager import KvpagerOffloadingManager
-from kvpager.integrations.vllm.opening import current_model_config, open_lower_tiers
+from kvpager.integrations.vllm.opening import (
+    current_model_config,
+    open_common_tiers,
+    open_lower_tiers,
+)
 from kvpager.integrations.vllm.options import Options
+from kvpager.integrations.vllm.page_order import PageOrder
 from kvpager.integrations.vllm.worker import KvpagerOffloadingWorker
+from kvpager.storage.tiers.agreement import CommonLayout
 from kvpager.storage.tiers.keyed import KeyedTier
 
 
@@ -25,12 +32,20 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
     A chunk of `blocks_per_chunk` blocks is one row of host memory, with a part for each worker:
 
         | worker 0: block 0, block 1, ... | worker 1: ... | padding to whole pages |
+
+    If several stacks share the stores, a row begins with a block of their common layout instead.
+
+    Attributes:
+        orders: of the pages of each layer, set before `get_worker` if the layout is common.
     """
 
-    def __init__(self, config: OffloadingConfig) -> None:
+    def __init__(self, config: OffloadingConfig, common: CommonLayout | None = None) -> None:
         """Read the settings. Raises: `ValueError`, `TypeError` for a bad one."""
         super().__init__(config)
+        self._common, self.orders = common, list[PageOrder]()
         self._options = Options.of(config.extra_config)
+        if self._options.cross_stack and common is None:
+            raise ValueError('cross_stack: expected kv_connector="KvpagerConnector"')
         self._model_config = current_model_config()
         num_bytes = config.worker_kv_bytes_per_block * self.blocks_per_chunk
         num_bytes *= config.parallel.world_size
@@ -45,18 +60,21 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
 
     def get_manager(self) -> KvpagerOffloadingManager:
         rows = self._rows()
-        lower = None
-        if self._options.tiers:
-            lower = open_lower_tiers(
-                self._options.tiers,
-                rows.rows,
-                self.config,
-                self._model_config,
-                model_id=self._options.model_id,
-                arrangement="kvpager",
-            )
+        lower = self._lower_tiers(rows) if self._options.tiers else None
         events = self.kv_events_config.enable_kv_cache_events
         return KvpagerOffloadingManager(self._tier, rows, lower, events=events)
+
+    def _lower_tiers(self, rows: HostRows) -> LowerTiers:
+        if self._common is not None:
+            return open_common_tiers(self._options.tiers, rows.rows, self._common)
+        return open_lower_tiers(
+            self._options.tiers,
+            rows.rows,
+            self.config,
+            self._model_config,
+            model_id=self._options.model_id,
+            arrangement="kvpager",
+        )
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> KvpagerOffloadingWorker:
         return KvpagerOffloadingWorker(
@@ -65,6 +83,7 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
             rank=self.config.parallel.rank,
             block_bytes=self.config.worker_kv_bytes_per_block,
             blocks_per_chunk=self.blocks_per_chunk,
+            orders=self.orders,
         )
 
     def _rows(self) -> HostRows:

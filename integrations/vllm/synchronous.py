@@ -15,6 +15,7 @@ from typing import Any
 
 from kvpager.integrations.vllm.chunks import RequestChunks, chunk_groups, device_blocks
 from kvpager.integrations.vllm.connector import check_engine
+from kvpager.integrations.vllm.cross_stack import CrossStack, common_layout_of
 from kvpager.integrations.vllm.interface import (
     CacheHitSource,
     GPULoadStoreSpec,
@@ -30,6 +31,8 @@ from kvpager.integrations.vllm.interface import (
     build_offloading_config,
     set_current_vllm_config,
 )
+from kvpager.integrations.vllm.options import Options
+from kvpager.integrations.vllm.page_order import page_orders
 from kvpager.integrations.vllm.prefix import find_prefix
 from kvpager.integrations.vllm.spec import KvpagerOffloadingSpec
 from kvpager.integrations.vllm.worker import Slots
@@ -83,10 +86,17 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         check_engine(vllm_config, kv_cache_config)
         config = build_offloading_config(vllm_config, kv_cache_config)
         self._groups = chunk_groups(config, kv_cache_config)
+        options = Options.of(config.extra_config)
+        self._common, self._cross_stack = None, None
+        if options.cross_stack:
+            self._common = common_layout_of(config, vllm_config, kv_cache_config)
         with set_current_vllm_config(vllm_config):
-            self._spec = KvpagerOffloadingSpec(config)
+            self._spec = KvpagerOffloadingSpec(config, self._common)
             if role == KVConnectorRole.SCHEDULER:
                 self._manager = self._spec.get_manager()
+                if self._common is not None:
+                    assert options.model_id is not None  # `Options.of`
+                    self._cross_stack = CrossStack(self._common, options.model_id, self._manager)
         if self._spec.kv_events_config.self_describing_kv_events:
             raise ValueError(
                 "self_describing_kv_events: KvpagerConnector has no such events. Use offload(...) "
@@ -110,7 +120,8 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # ---------------------------------------------------------------- scheduler
 
     def on_new_request(self, request: Any) -> None:
-        chunks = RequestChunks(request, self._groups)
+        names = None if self._cross_stack is None else self._cross_stack.names(request)
+        chunks = RequestChunks(request, self._groups, names)
         self._requests[request.request_id] = chunks
         self._manager.on_new_request(chunks.context)
 
@@ -183,6 +194,8 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         rows = self._running.pop(done.step)
         for keys, context in rows.loaded:
             self._manager.complete_load(keys, context)
+        if self._cross_stack is not None:
+            self._cross_stack.note_saved(rows.saved)
         self._manager.save(rows.saved)
 
     def request_finished_all_groups(
@@ -211,6 +224,10 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # ---------------------------------------------------------------- worker
 
     def register_kv_caches(self, kv_caches: Any) -> None:
+        if self._common is not None:
+            self._spec.orders = page_orders(
+                self._vllm_config, self._kv_cache_config, kv_caches, self._common
+            )
         # vLLM's own code describes where the bytes of a block lie.
         registered = OffloadingConnectorWorker(self._spec, self._vllm_config, self._kv_cache_config)
         registered.register_kv_caches(kv_caches)

@@ -62,6 +62,9 @@ class EngineConfig:
             secret also keeps namespaces apart. Processes share blocks if their seals are equal.
         model_id: the name of the weights and their revision, for tiers, the same in all processes.
             None takes a digest of the model.
+        cross_stack: True shares blocks with other serving stacks, such as vLLM, that have the same
+            `tiers`, `model_id` and `block_size`. The engine first computes a probe prompt, and
+            compares it with what they stored.
         role: `"prefill"` answers with the first token, and ends a request when the tiers have the
             full blocks of its prompt. `"decode"` computes the rest elsewhere. Both need tiers that
             other processes read.
@@ -94,6 +97,7 @@ class EngineConfig:
     tiers: str | BlockStore | Sequence[str | BlockStore] = ()
     seal: Seal | None = None
     model_id: str | None = None
+    cross_stack: bool = False
     role: Role | None = None
     kv_events: str | KVEvents | None = None
     mode: ModeName = "paged"
@@ -142,6 +146,19 @@ class EngineConfig:
         for name in ("seal", "model_id"):
             if not self.tiers and getattr(self, name) is not None:
                 raise ValueError(f"{name}: of use with tiers only. Pass tiers=, or leave it out.")
+        if arguments.flag("cross_stack", self.cross_stack):
+            self._check_cross_stack()
+
+    def _check_cross_stack(self) -> None:
+        if are_private(self._stores):
+            raise ValueError(
+                "cross_stack: no other process reads the tiers. Pass tiers= with a store that both "
+                'stacks use, such as "valkey://cache:6379".'
+            )
+        if self.model_id is None:
+            raise ValueError("cross_stack: stacks know a model by its name. Pass model_id=.")
+        if self.seal is not None:
+            raise ValueError("cross_stack: other stacks have no seal. Leave out seal=.")
 
     def _check_role(self) -> None:
         role, roles = self.role, get_args(Role)

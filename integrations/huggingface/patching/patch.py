@@ -74,6 +74,7 @@ def patch(
     model_id: str | None = None,
     costs: PreemptionCosts | None = None,
     mode: ModeName = "paged",
+    cross_stack: bool = False,
 ) -> Patch:
     """Keep the KV cache of a transformers model, or of every model, in shared blocks.
 
@@ -96,11 +97,12 @@ def patch(
         model_id: the name of the weights for `tiers`; None for a digest of their content.
         costs: with `tiers`, how long the model computes prompts; None measures it.
         mode: `"virtual"` maps blocks so that all attention code reads them without a gather.
+        cross_stack: share `tiers` with other serving stacks, such as vLLM, after a self-test.
 
     Raises: `TypeError`, `ValueError`, `KVPagerError`; errors of a store. The model is as before.
     """
     settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
-    stores = EngineConfig.of(None, settings | {"costs": costs})
+    stores = EngineConfig.of(None, settings | {"costs": costs, "cross_stack": cross_stack})
     warn_if_untested()
     dtype = _checked(model, dtype, prefix_cache, namespace, stores)
     budget = Budget(memory, block_size, kv_cache_dtype, host_memory, in_place=in_place, mode=mode)

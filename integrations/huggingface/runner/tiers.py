@@ -12,6 +12,7 @@ from kvpager.engine.core import EngineCore
 from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.model_state.fingerprint import ModelWatch
 from kvpager.integrations.huggingface.model_state.model_id import model_id
+from kvpager.integrations.huggingface.runner.cross_stack import agreed_name
 from kvpager.integrations.huggingface.runner.model_info import ModelInfo
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.block_storage import BlockStorage
@@ -104,11 +105,19 @@ def tiering_of(
     """Name the model, open the stores, and return what moves its blocks. O(bytes of the weights).
 
     `adapter_of` maps the `lora` of blocks in `manager` to the one in their content keys.
-    Raises: as `model_id` and `open_stores`.
+    Raises: as `model_id`, `agreed_name` and `open_stores`.
     """
     name = model_id(model) if config.model_id is None else config.model_id
     layout = layout_of(storage, info)
     master = Digest.master if config.seal is None else config.seal.master
+    stores = open_stores(config.tiers, layout=layout, seal=config.seal, host=staging.store)
+    if config.cross_stack:
+        try:
+            name = agreed_name(model, info, storage, stores, name)
+        except BaseException:
+            for store in stores:
+                store.close()
+            raise
 
     def context_of(namespace: str | None, lora: str | None) -> KeyContext:
         secret = namespace_secret(master, namespace)
@@ -118,7 +127,6 @@ def tiering_of(
         num_tokens = num_blocks * storage.block_size
         return costs.recompute_s(num_tokens, num_tokens)
 
-    stores = open_stores(config.tiers, layout=layout, seal=config.seal, host=staging.store)
     return Tiering(manager, staging, stores, context_of, recompute_s=recompute_s)
 
 
