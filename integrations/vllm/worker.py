@@ -175,7 +175,8 @@ def _common_parts(
 
 def _by_block(rows: NDArray[Any], per_chunk: int) -> NDArray[Any]:
     """Return a view [rows, blocks of a chunk, numbers]: rows are not contiguous."""
-    return torch.from_numpy(rows).unflatten(1, (per_chunk, -1)).numpy()
+    by_block: NDArray[Any] = torch.from_numpy(rows).unflatten(1, (per_chunk, -1)).numpy()
+    return by_block
 
 
 # On a CPU a loop takes a tenth of the time of torch's indexing, which copies byte by byte.
