@@ -6,6 +6,7 @@ run_probe(llm)    the probe's chunks reach host memory ─▶ agree ─▶ store
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -26,10 +27,13 @@ from kvpager.storage.tiers.agreement import (
     CommonLayout,
     agree,
     probe_prompt,
+    probe_request,
     rope_obstacle,
 )
 from kvpager.storage.tiers.keyed import KeySlot
 from kvpager.storage.tiers.seals import Digest, namespace_secret
+
+logger = logging.getLogger("kvpager")
 
 
 def run_probe(llm: Any) -> None:
@@ -39,10 +43,8 @@ def run_probe(llm: Any) -> None:
     """
     from vllm import SamplingParams
 
-    # A further token: vLLM saves the blocks before the last one.
-    prompt = {"prompt_token_ids": [*probe_prompt().tolist(), 3]}
     settings = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-    llm.generate([prompt], settings, use_tqdm=False)
+    llm.generate([{"prompt_token_ids": probe_request()}], settings, use_tqdm=False)
 
 
 def common_layout_of(
@@ -113,10 +115,13 @@ class CrossStack:
         if manager.num_slots < count:
             raise ValueError(f"host_memory: room for {manager.num_slots} of {count} blocks")
         self._model = f"{model_id}; before the probe {os.urandom(16).hex()}"
-        probe = np.asarray(probe_prompt())
-        name = self._chain(None, None, probe.tolist())
+        name = self._chain(None, None, probe_prompt().tolist())
         self._probe = {name(number): number for number in range(count)}
         self._blocks = np.zeros((count, self._layout.block_bytes), np.uint8)
+        logger.warning(
+            "kvpager: cross_stack: nothing is shared before this engine has computed the probe. "
+            "Call kvpager.integrations.vllm.run_probe, or send what `kvpager tiers probe` prints."
+        )
 
     def names(self, request: Any) -> Names:
         """Return what names the chunks of a request of vLLM. O(1).
@@ -150,7 +155,7 @@ class CrossStack:
     def note_saved(self, pairs: Sequence[KeySlot]) -> None:
         """Take chunks of the probe that reached host memory; with the last, run the self-test.
 
-        Waits for the stores then. O(chunks).
+        Call it right after the step that copied them. Waits for the stores then. O(chunks).
         """
         for key, slot in pairs:
             number = self._probe.pop(key[:KEY_BYTES], None)

@@ -194,9 +194,9 @@ class KvpagerConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         rows = self._running.pop(done.step)
         for keys, context in rows.loaded:
             self._manager.complete_load(keys, context)
+        self._manager.save(rows.saved)
         if self._cross_stack is not None:
             self._cross_stack.note_saved(rows.saved)
-        self._manager.save(rows.saved)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

@@ -20,7 +20,7 @@ from kvpager.cli.mutants import mutants
 from kvpager.cli.report import report
 from kvpager.cli.run import PASS_THROUGH, run
 from kvpager.cli.simulate import simulate
-from kvpager.cli.tiers import gc, ls, stats, verify
+from kvpager.cli.tiers import gc, ls, probe, stats, verify
 
 app = typer.Typer(
     name="kvpager",
@@ -61,6 +61,6 @@ app.command(cls=Program, context_settings=PASS_THROUGH)(run)
 for command in (throughput, modes):
     bench.command(cls=Command)(command)
 app.add_typer(bench, name="bench")
-for command in (ls, stats, verify, gc):
+for command in (ls, stats, verify, gc, probe):
     tiers.command(cls=Command)(command)
 app.add_typer(tiers, name="tiers")

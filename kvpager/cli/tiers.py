@@ -1,8 +1,9 @@
-"""The commands `kvpager tiers ls|stats|verify|gc`: look at the blocks that a store holds."""
+"""The commands `kvpager tiers`: look at the blocks that a store holds, print the probe."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 from collections import Counter
@@ -137,6 +138,13 @@ def gc(
     write_json(json_file, {"blocks": len(blocks), "deleted": len(old)})
     if json_file != "-":
         typer.echo(f"{counted(len(old), 'block')} of {len(blocks)} deleted")
+
+
+def probe() -> None:
+    """Print the prompt that a server computes before it shares a store: token ids, as JSON."""
+    from kvpager.storage.tiers.agreement import probe_request
+
+    typer.echo(json.dumps(probe_request()))
 
 
 @contextlib.contextmanager

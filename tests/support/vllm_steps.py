@@ -28,6 +28,7 @@ from tests.support.vllm_parts import (
 
 PAGE = 16
 HASH_TOKENS = 2
+SHAPE = {"num_kv_heads": 2, "head_size": 4, "head_size_v": 4, "attention_chunk_size": None}
 _names = itertools.count()
 
 
@@ -41,7 +42,7 @@ class Group(NamedTuple):
     def spec(self) -> Any:
         kind = interface.FullAttentionSpec if self.window is None else interface.SlidingWindowSpec
         made = object.__new__(kind)
-        made.__dict__.update(sliding_window=self.window, extra_retained_tokens=0)
+        made.__dict__.update(sliding_window=self.window, extra_retained_tokens=0, **SHAPE)
         return made
 
     def first_block(self, num_tokens: int) -> int:
@@ -59,6 +60,16 @@ def hash_of(tokens: Sequence[int]) -> bytes:
 
 class Request(SimpleNamespace):
     """A request as vLLM's scheduler has it, and its blocks by group."""
+
+    cache_salt: str | None = None
+    lora_request: Any = None
+    mm_features: Sequence[Any] = ()
+    prompt_embeds: Any = None
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        tokens: list[int] = self.tokens
+        return tokens
 
     @property
     def num_tokens(self) -> int:
@@ -95,27 +106,37 @@ class Engine:
         num_slots: int = 64,
         per_chunk: int = 1,
         stores: Sequence[BlockStore] = (),
+        page_bytes: int = PAGE,
         **extra: Any,
     ) -> None:
         self.groups, self.stack = groups, ExitStack()
         self.folder = folder / f"rows-{next(_names)}"
         self.folder.mkdir()
-        self.caches = caches_of([[number] for number in range(len(groups))], 64, PAGE)
-        known = [SimpleNamespace(kv_cache_spec=each.spec, is_eagle_group=False) for each in groups]
+        self.caches = caches_of([[number] for number in range(len(groups))], 64, page_bytes)
+        known = [
+            SimpleNamespace(
+                kv_cache_spec=each.spec, is_eagle_group=False, layer_names=("layers.0",)
+            )
+            for each in groups
+        ]
         made = [
-            SimpleNamespace(group_id=number, tokens_per_block=each.block_tokens, layer_names=("a",))
+            SimpleNamespace(
+                group_id=number, tokens_per_block=each.block_tokens, layer_names=("layers.0",)
+            )
             for number, each in enumerate(groups)
         ]
         if stores:
-            extra["tiers"] = ["host:1MiB"]
+            extra = {"tiers": ["host:1MiB"], **extra}
         settings = offloading_config(
             {"host_memory": num_slots * 4096, **extra},
             groups=tuple(made),
-            worker_kv_bytes_per_block=PAGE,
+            worker_kv_bytes_per_block=page_bytes,
             cache=SimpleNamespace(tokens_per_hash=HASH_TOKENS, blocks_per_chunk=per_chunk),
         )
         vllm_config = SimpleNamespace(
-            model_config=model_config(),
+            model_config=SimpleNamespace(
+                **vars(model_config()), max_model_len=1024, hf_text_config=SimpleNamespace()
+            ),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
             kv_transfer_config=SimpleNamespace(),
         )
@@ -140,7 +161,7 @@ class Engine:
 
     # ------------------------------------------------------------- scheduler
 
-    def arrive(self, tokens: Sequence[int]) -> Request:
+    def arrive(self, tokens: Sequence[int], **settings: Any) -> Request:
         request = Request(
             request_id=f"request-{next(_names)}",
             tokens=list(tokens),
@@ -149,6 +170,7 @@ class Engine:
             skip_reading_prefix_cache=False,
             blocks=tuple([] for _ in self.groups),
             loaded=[],
+            **settings,
         )
         self.requests[request.request_id] = request
         self.scheduler.on_new_request(request)
@@ -237,9 +259,9 @@ class Engine:
         planned = self.plan(scheduled)
         self.end(self.execute(planned, scheduled), scheduled)
 
-    def serve(self, tokens: Sequence[int], *, step_tokens: int = 1000) -> int:
+    def serve(self, tokens: Sequence[int], *, step_tokens: int = 1000, **settings: Any) -> int:
         """Run a request from its arrival to its end. Returns the tokens that were loaded."""
-        request = self.arrive(tokens)
+        request = self.arrive(tokens, **settings)
         while (found := self.match(request)) is None:
             self.step()
             self.settle()

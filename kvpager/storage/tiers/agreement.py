@@ -165,6 +165,14 @@ def rope_obstacle(config: Any) -> str | None:
     return f"its rotary embedding ({kind}) depends on the length of a prompt"
 
 
+def probe_request() -> list[int]:
+    """Return the probe and one more token, as a prompt: some stacks keep what is before the last.
+
+    O(tokens).
+    """
+    return [*probe_prompt().tolist(), 3]
+
+
 class Agreement(NamedTuple):
     """The result of the self-test.
 
