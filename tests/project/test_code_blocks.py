@@ -30,8 +30,9 @@ NOT_TESTED = {
     ("docs/sglang.md", "needs SGLang"): 2,
     ("docs/testing.md", "takes hours"): 1,
     ("docs/testing.md", "takes minutes"): 2,
-    ("docs/vllm.md", "needs vLLM"): 3,
+    ("docs/vllm.md", "needs vLLM"): 5,
     ("docs/vllm.md", "needs vLLM on a GPU"): 2,
+    ("docs/vllm.md", "needs your stores"): 1,
 }
 
 

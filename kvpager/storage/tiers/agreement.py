@@ -117,7 +117,7 @@ class CommonLayout(NamedTuple):
 
     @property
     def part_elements(self) -> list[int]:
-        """How many numbers the keys and the values of each layer are, in order. O(layers)."""
+        """The number of numbers in keys and in values of each layer, in order. O(layers)."""
         dims = (dim for heads, *both in self.layers for dim in (heads * both[0], heads * both[1]))
         return [self.block_size * dim for dim in dims]
 
