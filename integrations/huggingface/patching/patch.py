@@ -76,10 +76,9 @@ def patch(
     mode: ModeName = "paged",
     cross_stack: bool = False,
 ) -> Patch:
-    """Keep the KV cache of a transformers model, or of every model, in shared blocks.
+    """Keep KV caches in shared blocks. Leaving `with`, or `undo()`, restores transformers exactly.
 
-        with kvpager.patch(model):  # leaving `with`, or `undo()`, restores transformers exactly
-            model.generate(...)     # the same tokens, in less memory
+        with kvpager.patch(model): model.generate(...)  # the same tokens, in less memory
 
     Args:
         model: the model to patch; None patches every model in the process.
@@ -103,6 +102,7 @@ def patch(
     """
     settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
     stores = EngineConfig.of(None, settings | {"costs": costs, "cross_stack": cross_stack})
+    warn_if_untested()
     dtype = _checked(model, dtype, prefix_cache, namespace, stores)
     budget = Budget(memory, block_size, kv_cache_dtype, host_memory, in_place=in_place, mode=mode)
     paged = PagedMemory(budget, dtype, eviction, namespace, keep_pools=prefix_cache)
@@ -179,7 +179,6 @@ def _checked(
     stores: EngineConfig,
 ) -> torch.dtype | None:
     """Return the dtype. Raise an error if `patch` cannot have these arguments together."""
-    warn_if_untested()
     if model is not None and not _can_generate(model):
         raise no_model(model)
     arguments.flag("prefix_cache", prefix_cache)
