@@ -7,8 +7,9 @@
 One engine of a small llama, in this process. A switch lets vLLM's code or kvpager's serve all
 layers, and the two alternate: A B B A. The prefix cache is emptied between runs. `tokens_per_s`
 counts new tokens, in `prefill` prompt tokens. `ratio` is kvpager's speed relative to vLLM's: the
-median over pairs of runs. `other_cpu` is the most that other processes took during a run, in cores:
-above 0.1, compare nothing.
+median over pairs of runs. `cpu_ratio` is the same in processor seconds of this process. `other_cpu`
+is the most that other processes took during a run, in cores: above 0.1, compare only `cpu_ratio`, and
+that only with one thread, because threads that wait for each other take processor time, too.
 """
 
 from __future__ import annotations
@@ -52,30 +53,32 @@ def measure(llm: Any, switch: Switch, name: str, turns: int) -> None:
     prompts, count = case(name)
     num_tokens = len(prompts) * count if count > 1 else sum(map(len, prompts))
     seconds: dict[str, list[float]] = {"vllm": [], "kvpager": []}
+    processor: dict[str, list[float]] = {"vllm": [], "kvpager": []}
     answers: dict[str, Any] = {}
     busy = 0.0
     for turn in range(turns):
         for which in ("vllm", "kvpager") if turn % 2 == 0 else ("kvpager", "vllm"):
             switch.use(which)
-            taken, others, answers[which] = clocked(lambda: ask(llm, prompts, count))
+            taken, cpu, others, answers[which] = clocked(lambda: ask(llm, prompts, count))
             seconds[which].append(taken)
+            processor[which].append(cpu)
             busy = max(busy, others)
     for which, taken_all in seconds.items():
         add(f"{name}_{which}_tokens_per_s", num_tokens / statistics.median(taken_all), "tokens/s")
-    pairs = zip(seconds["vllm"], seconds["kvpager"], strict=True)
-    add(f"{name}_ratio", statistics.median(theirs / ours for theirs, ours in pairs), "ratio")
+    for kind, times in (("ratio", seconds), ("cpu_ratio", processor)):
+        turns_of = zip(times["vllm"], times["kvpager"], strict=True)
+        add(f"{name}_{kind}", statistics.median(a / b for a, b in turns_of), "ratio")
     pairs = zip(answers["vllm"], answers["kvpager"], strict=True)
     add(f"{name}_other_answers", sum(one != other for one, other in pairs), "sequences")
     add(f"{name}_other_cpu", busy, "cores")
 
 
-def clocked(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Return the seconds of `work`, the cores that other processes took, and its result."""
+def clocked(work: Callable[[], Any]) -> tuple[float, float, float, Any]:
+    """Return the seconds of `work`, its processor seconds, the cores of others, and its result."""
     start, own, every = time.perf_counter(), time.process_time(), busy_seconds()
     result = work()
-    taken = time.perf_counter() - start
-    others = busy_seconds() - every - (time.process_time() - own)
-    return taken, max(0.0, others / taken), result
+    taken, cpu = time.perf_counter() - start, time.process_time() - own
+    return taken, cpu, max(0.0, (busy_seconds() - every - cpu) / taken), result
 
 
 def busy_seconds() -> float:

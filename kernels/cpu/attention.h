@@ -1,6 +1,6 @@
 // Attention of packed queries over paged keys and values, read in place.
 //
-// Rows of many queries have tasks of their own, see `prefill.h`. For all others:
+// Rows of many queries have tasks of their own, see `prefill.h` and `matrix.h`. For all others:
 //
 //   a task      = one row (sequence), a few of its queries, one range of kv tokens
 //   its loop    = tiles of TILE kv tokens; in each tile all kv heads, one after the other
@@ -35,6 +35,7 @@
 #include <new>
 #include <vector>
 
+#include "matrix.h"
 #include "prefill.h"
 #include "worker.h"
 
@@ -69,15 +70,26 @@ struct Plan {
     int64_t partial_queries = 0;
 };
 
+template <Arithmetic arithmetic>
+constexpr Share SHARE = arithmetic == BF16_DOTS ? MATRIX_SHARE : PREFILL_SHARE;
+
+// True if the row's queries are attended by tasks of one kv head: `matrix.h`, or else `prefill.h`.
+template <class T, Arithmetic arithmetic>
+bool has_own_tasks(const AttentionArguments& a, int64_t row) {
+    if (arithmetic == IN_INT16 || sizeof(T) == 1 || a.mask) return false;
+    if (arithmetic == BF16_DOTS && !has_matrix_units()) return false;
+    return a.queries_of(row) * (a.query_heads / a.kv_heads) >= SHARE<arithmetic>.least;
+}
+
 template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a) {
     Plan plan;
     int64_t heads_per_kv = a.query_heads / a.kv_heads;
     int64_t few = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
-    auto chunk_of = [&](int64_t row, bool prefill) {
-        return prefill ? prefill_chunk(a, a.queries_of(row)) : few;
+    auto chunk_of = [&](int64_t row, bool own) {
+        return own ? queries_per_task(a, SHARE<arithmetic>, a.queries_of(row)) : few;
     };
     for (int64_t row = 0; row < a.rows; row++) {
-        int64_t chunk = chunk_of(row, is_prefill<T, arithmetic>(a, row));
+        int64_t chunk = chunk_of(row, has_own_tasks<T, arithmetic>(a, row));
         total += a.seq_lens.at(row) * ((a.queries_of(row) + chunk - 1) / chunk);
     }
     // Four ranges per thread balance rows of different lengths.
@@ -85,8 +97,8 @@ template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a)
     if (a.threads == 1) range = INT64_MAX / 2;
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t seq_len = a.seq_lens.at(row), queries = a.queries_of(row);
-        bool prefill = is_prefill<T, arithmetic>(a, row);
-        int64_t chunk = chunk_of(row, prefill), tasks = prefill ? a.kv_heads : 1;  // per range
+        bool own = has_own_tasks<T, arithmetic>(a, row);
+        int64_t chunk = chunk_of(row, own), tasks = own ? a.kv_heads : 1;  // per range
         for (int64_t query = 0; query < queries; query += chunk) {
             int64_t count = std::min(chunk, queries - query), position = seq_len - queries + query;
             int64_t first = a.first_query(row) + query;
@@ -102,7 +114,7 @@ template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a)
                 int64_t partial = parts > 1 ? plan.partial_queries + part * count : -1;
                 Task task{row, first, count, position, from, to, partial, part == 0, -1};
                 for (int64_t head = 0; head < tasks; head++) {
-                    if (prefill) task.kv_head = head;
+                    if (own) task.kv_head = head;
                     plan.tasks.push_back(task);
                 }
             }
@@ -110,6 +122,21 @@ template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a)
         }
     }
     return plan;
+}
+
+// Attends the queries of a task with one kv head.
+template <class T, Arithmetic arithmetic>
+void attend_one_head(const AttentionArguments& a, const Task& task, const T* zeros) {
+#if HAS_MATRIX_UNITS
+    if constexpr (arithmetic == BF16_DOTS) {
+        static thread_local MatrixScratch scratch;
+        MatrixWorker{a, task, scratch, zeros}.run();
+    }
+#endif
+    if constexpr (arithmetic == IN_FLOATS && sizeof(T) > 1) {
+        static thread_local PrefillScratch scratch;
+        PrefillWorker<T>{a, task, scratch, zeros}.run();
+    }
 }
 
 template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
@@ -133,18 +160,13 @@ template <class T, Arithmetic arithmetic> void run(AttentionArguments& a) {
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
-        static thread_local PrefillScratch prefill_scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; i++) {
             // An exception that leaves a thread ends the process.
             try {
                 const Task& task = todo.tasks[i];
-                if constexpr (arithmetic == IN_FLOATS && sizeof(T) > 1)
-                    if (task.kv_head >= 0) {
-                        PrefillWorker<T>{a, task, prefill_scratch, zero_row}.run();
-                        continue;
-                    }
-                Worker<T, arithmetic>{a, task, scratch, zero_row, zero_scales}.run();
+                if (task.kv_head >= 0) attend_one_head<T, arithmetic>(a, task, zero_row);
+                else Worker<T, arithmetic>{a, task, scratch, zero_row, zero_scales}.run();
             } catch (const std::bad_alloc&) { without_memory = true; }
         }
 #pragma omp for schedule(static)

@@ -60,8 +60,10 @@ _AVX512_NEEDS = _AVX2_NEEDS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 # Best first. The last runs everywhere: SSE2 on x86-64, NEON on 64-bit ARM.
 _BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
+_BF16_NEEDS = _AVX512_NEEDS | {"avx512_bf16", "avx512_vnni"}
 VARIANTS = (
-    Variant("avx512bf16", _BF16, _AVX512_NEEDS | {"avx512_bf16", "avx512_vnni"}),
+    Variant("amx", (*_BF16, "-mamx-tile", "-mamx-bf16"), _BF16_NEEDS | {"amx_tile", "amx_bf16"}),
+    Variant("avx512bf16", _BF16, _BF16_NEEDS),
     Variant("avx512", _AVX512, _AVX512_NEEDS),
     Variant("avx2", _AVX2, _AVX2_NEEDS),
     Variant("portable", (), frozenset()),

@@ -51,6 +51,7 @@ extern "C" {
 // Properties of this variant, for the log and for tests.
 int kvpager_lanes() { return LANES; }
 int kvpager_bf16_dots() { return HAS_BF16_DOT; }
+int kvpager_matrix_units() { return attention::has_matrix_units(); }
 int kvpager_threaded() {
 #ifdef _OPENMP
     return 1;

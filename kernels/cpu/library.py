@@ -22,7 +22,7 @@ TYPES = {dtype: number for number, dtype in enumerate(_TYPES)}
 
 # Functions of the library: its properties; its kernels, and the structs of abi.h and copies.h that
 # they take: q is a pointer or int64, d a double, `Integers` two fields.
-_FACTS = ("lanes", "bf16_dots", "threaded")
+_FACTS = ("lanes", "bf16_dots", "matrix_units", "threaded")
 _KERNELS = {
     "paged_attention": "=7q 6q 2q 3q 6q 4q 2q 3q 3q 3q 2q 4q 3q 2d q 16x",
     "append_kv": "=2q 2q 2q 2q 3q 5q 2q 2q 2q 2q 2q 2q 3q q",
@@ -53,6 +53,7 @@ class Library:
             raise OSError(f"{path} lacks a function of the kernels: {error}") from None
         self.lanes: int = found["lanes"]()
         self.bf16_dots = bool(found["bf16_dots"]())
+        self.matrix_units = bool(found["matrix_units"]())
         self.threaded = bool(found["threaded"]())
         self._functions = {}
         for name, layout in _KERNELS.items():

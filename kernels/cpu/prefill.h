@@ -14,33 +14,16 @@
 
 #pragma once
 
+#include "lanes.h"
 #include "products.h"
-#include "tile.h"
 
 namespace attention {
 
 constexpr int PREFILL_TILE = 64;
-// Query vectors per task: their queries and sums stay in the L2 cache.
-constexpr int64_t PREFILL_QUERIES = 120, PREFILL_ELEMENTS = 120 * 128;
-// Rows with fewer query vectors per kv head stay with `attention.h`, which reads memory in order.
-constexpr int64_t PREFILL_LEAST = LANES == 16 ? 48 : 24;
+// Queries and sums of a task stay in the L2 cache. Rows with fewer query vectors per kv head stay with
+// `attention.h`, which reads memory in order.
+constexpr Share PREFILL_SHARE{LANES == 16 ? 48 : 24, 120, 120 * 128, 3 * LANES};
 constexpr int PREFILL_KEYS = LANES == 16 ? 8 : 4;  // keys of a block of scores
-
-// True if the row's queries are attended by tasks of this file.
-template <class T, Arithmetic arithmetic>
-bool is_prefill(const AttentionArguments& a, int64_t row) {
-    if (arithmetic != IN_FLOATS || sizeof(T) == 1 || a.mask) return false;
-    return a.queries_of(row) * (a.query_heads / a.kv_heads) >= PREFILL_LEAST;
-}
-
-// Queries (tokens) per task of a row with `queries` queries.
-inline int64_t prefill_chunk(const AttentionArguments& a, int64_t queries) {
-    int64_t most = PREFILL_ELEMENTS / std::max(padded(a.head_dim), padded(a.value_dim));
-    most = std::min(PREFILL_QUERIES, std::max<int64_t>(most / (3 * LANES), 1) * 3 * LANES);
-    most = std::max<int64_t>(1, most / (a.query_heads / a.kv_heads));
-    int64_t chunks = (queries + most - 1) / most;
-    return (queries + chunks - 1) / chunks;
-}
 
 // scores[key][v]: the products of `V` vectors of queries [dim][V] with KEYS keys.
 template <int V, int KEYS>
@@ -83,13 +66,12 @@ INLINE void block_of_sums(const float* weights, int64_t stride, const float* res
 
 struct PrefillScratch {
     Memory memory;
-    float *queries, *sums, *highest, *totals, *scores, *keys, *values;
+    float *queries, *sums, *lanes, *scores, *keys, *values;
 
-    void prepare(int64_t lanes, int64_t key_dim, int64_t value_dim) {
-        memory.divide({{&queries, lanes * key_dim},
-                       {&sums, lanes * value_dim},
-                       {&highest, lanes},
-                       {&totals, lanes},
+    void prepare(int64_t count, int64_t key_dim, int64_t value_dim) {
+        memory.divide({{&queries, count * key_dim},
+                       {&sums, count * value_dim},
+                       {&lanes, count * QueryLanes::FLOATS},
                        {&scores, PREFILL_TILE * 3 * LANES},
                        {&keys, PREFILL_TILE * key_dim},
                        {&values, PREFILL_TILE * value_dim}});
@@ -103,64 +85,51 @@ template <class T> struct PrefillWorker {
     const Task& task;
     PrefillScratch& scratch;
     const T* zeros;
-    int64_t heads_per_kv = 0, vectors = 0, seq_len = 0;
+    QueryLanes queries{a, task};
     int64_t key_dim = 0, value_dim = 0;  // of the rows that the products read
     bool stages_values = false;
     Tile<T, TILE> tile = {};
     const float *keys[TILE], *values[TILE];
 
     void run() {
-        heads_per_kv = a.query_heads / a.kv_heads;
-        vectors = heads_per_kv * task.num_queries;
-        seq_len = a.seq_lens.at(task.row);
         key_dim = converts ? padded(a.head_dim) : a.head_dim;
         // Vectors of the last value must not read behind it.
         stages_values = converts || a.value_dim % LANES;
         value_dim = padded(a.value_dim);
-        int64_t lanes = (vectors + LANES - 1) / LANES * LANES;
-        scratch.prepare(lanes, key_dim, value_dim);
-        begin(lanes);
+        scratch.prepare(queries.lanes, key_dim, value_dim);
+        begin();
         for (int64_t from = task.start; from < task.stop; from += TILE) {
             tile.look_up(a, task, from, zeros, nullptr);
             read_rows();
-            each_group(lanes, [&](auto size, int64_t first) { attend<size()>(first); });
+            each_group([&](auto size, int64_t first) { attend<size()>(first); });
         }
         finish();
     }
 
-    template <class Visit> void each_group(int64_t lanes, Visit visit) {
-        int64_t first = 0;
+    template <class Visit> void each_group(Visit visit) {
+        int64_t lanes = queries.lanes, first = 0;
         for (; first + 3 * LANES <= lanes; first += 3 * LANES)
             visit(std::integral_constant<int, 3>{}, first);
         if (first + 2 * LANES <= lanes) visit(std::integral_constant<int, 2>{}, first);
         else if (first < lanes) visit(std::integral_constant<int, 1>{}, first);
     }
 
-    int64_t query_of(int64_t vector) const { return vector / heads_per_kv; }
-    int64_t head_of(int64_t vector) const {
-        return task.kv_head * heads_per_kv + vector % heads_per_kv;
-    }
-
     // Transposes the queries, group by group: [group][dim][queries of the group].
-    void begin(int64_t lanes) {
+    void begin() {
+        int64_t lanes = queries.lanes;
         memset(scratch.queries, 0, lanes * key_dim * sizeof(float));
         memset(scratch.sums, 0, lanes * value_dim * sizeof(float));
-        each_group(lanes, [&](auto size, int64_t first) {
+        each_group([&](auto size, int64_t first) {
             float* group = scratch.queries + first * key_dim;
-            int64_t width = size() * LANES;
-            for (int64_t vector = first; vector < std::min(first + width, vectors); vector++) {
-                const T* query = (const T*)a.query + head_of(vector) * a.query_head
-                    + (task.first_query + query_of(vector)) * a.query_token;
+            int64_t width = size() * LANES, last = std::min(first + width, queries.vectors);
+            for (int64_t vector = first; vector < last; vector++) {
+                const T* query = (const T*)a.query + queries.place_of_query(vector);
                 float* to = group + vector - first;
                 for (int64_t d = 0; d < a.head_dim; d++)
                     to[place_of<T>(d) * width] = to_float(query[d]) * a.softmax_scale;
             }
         });
-        for (int64_t vector = 0; vector < lanes; vector++) {
-            bool has_sink = a.sinks && task.with_sink && vector < vectors;
-            scratch.highest[vector] = has_sink ? std::max(a.sinks[head_of(vector)], LOWEST) : LOWEST;
-            scratch.totals[vector] = has_sink;
-        }
+        queries.begin(scratch.lanes);
     }
 
     // Finds or converts the rows of this kv head.
@@ -179,75 +148,23 @@ template <class T> struct PrefillWorker {
         }
     }
 
-    Range range_of(int64_t vector) const {
-        int64_t position = task.first_position + query_of(std::min(vector, vectors - 1));
-        return visible(a, task.row, position, seq_len);
-    }
-
     template <int V> __attribute__((noinline)) void attend(int64_t first) {
-        // Tokens of the tile that a query of the group sees, in whole blocks of scores.
-        int64_t last_vector = std::min(first + V * LANES, vectors) - 1;
-        int64_t start = std::max<int64_t>(range_of(first).first - tile.start, 0);
-        int64_t stop = std::min<int64_t>(range_of(last_vector).last - tile.start, tile.count);
-        if (start >= stop) return;
-        int from = int(start / PREFILL_KEYS * PREFILL_KEYS);
-        int to = int((stop + PREFILL_KEYS - 1) / PREFILL_KEYS * PREFILL_KEYS);
+        Range part = queries.part_of(tile, first, first + V * LANES, PREFILL_KEYS);
+        int from = int(part.first), to = int(part.last);
+        if (from >= to) return;
         auto* scores = (Floats*)scratch.scores;
-        const float* queries = scratch.queries + first * key_dim;
+        const float* group = scratch.queries + first * key_dim;
         for (int t = from; t < to; t += PREFILL_KEYS)
-            block_of_scores<V, PREFILL_KEYS>(queries, keys + t, key_dim, scores + t * V);
+            block_of_scores<V, PREFILL_KEYS>(group, keys + t, key_dim, scores + t * V);
         if (a.softcap > 0)
             for (int i = from * V; i < to * V; i++)
                 scores[i] = tanh_of(scores[i] * (1 / a.softcap)) * a.softcap;
-        hide<V>(first, from, to, scores);
         alignas(64) float rescale[V * LANES];
-        for (int v = 0; v < V; v++) weigh<V>(first, v, from, to, scores, rescale + v * LANES);
-        sum<V>(first, from, to, rescale);
-    }
-
-    // Sets hidden scores to -inf.
-    template <int V> void hide(int64_t first, int from, int to, Floats* scores) {
-        Floats lowest = broadcast(-INFINITY);
         for (int v = 0; v < V; v++) {
-            int64_t vector = first + v * LANES;
-            Range one = range_of(vector), other = range_of(vector + LANES - 1);
-            int64_t low = std::max(one.first, other.first), high = std::min(one.last, other.last);
-            if (low <= tile.start + from && high >= tile.start + to) continue;
-            Ints begins{}, ends{};
-            for (int lane = 0; lane < LANES; lane++) {
-                Range range = range_of(vector + lane);
-                begins[lane] = int32_t(std::max<int64_t>(range.first - tile.start, 0));
-                ends[lane] = int32_t(std::min<int64_t>(range.last - tile.start, TILE));
-            }
-            for (int t = from; t < to; t++) {
-                Ints token = t - Ints{};
-                Floats& score = scores[t * V + v];
-                score = ((token >= begins) & (token < ends)) ? score : lowest;
-            }
+            queries.hide<V>(tile, zeros, first + v * LANES, from, to, scores + v);
+            store(rescale + v * LANES, queries.weigh<V>(first + v * LANES, from, to, scores + v));
         }
-        if (!tile.holes) return;
-        for (int t = from; t < to; t++)
-            if (tile.keys[t] == zeros)
-                for (int v = 0; v < V; v++) scores[t * V + v] = lowest;
-    }
-
-    // Scores become weights; writes the factor of the earlier sums.
-    template <int V>
-    void weigh(int64_t first, int v, int from, int to, Floats* scores, float* rescale) {
-        float *highest = scratch.highest + first + v * LANES,
-              *totals = scratch.totals + first + v * LANES;
-        Floats before = load<Floats>(highest), most = before;
-        for (int t = from; t < to; t++) most = larger(most, scores[t * V + v]);
-        Floats shrink = exp_nonpositive(before - most);
-        Floats total = load<Floats>(totals) * shrink;
-        for (int t = from; t < to; t++) {
-            Floats weight = exp_nonpositive(scores[t * V + v] - most);
-            scores[t * V + v] = weight;
-            total += weight;
-        }
-        store(highest, most);
-        store(totals, total);
-        store(rescale, shrink);
+        sum<V>(first, from, to, rescale);
     }
 
     template <int V> void sum(int64_t first, int from, int to, const float* rescale) {
@@ -266,22 +183,16 @@ template <class T> struct PrefillWorker {
     }
 
     void finish() {
-        for (int64_t vector = 0; vector < vectors; vector++) {
-            int64_t token = task.first_query + query_of(vector), head = head_of(vector);
+        for (int64_t vector = 0; vector < queries.vectors; vector++) {
             const float* sums = scratch.sums + vector * value_dim;
-            float total = scratch.totals[vector];
-            if (task.partial < 0) {
-                float share = total == 0 ? 0 : 1 / total;
-                T* to = (T*)a.output + (token * a.query_heads + head) * a.value_dim;
-                for (int64_t d = 0; d < a.value_dim; d++)
-                    from_float(sums[place_of<T>(d)] * share, to + d);
-            } else {
-                int64_t query = task.partial + query_of(vector);
-                float* to = a.partials + (query * a.query_heads + head) * (a.value_dim + 2);
-                to[0] = scratch.highest[vector];
-                to[1] = total;
-                for (int64_t d = 0; d < a.value_dim; d++) to[2 + d] = sums[place_of<T>(d)];
+            if (task.partial >= 0) {
+                float* to = queries.partial_of(vector);
+                for (int64_t d = 0; d < a.value_dim; d++) to[d] = sums[place_of<T>(d)];
+                continue;
             }
+            T* to = (T*)a.output + queries.place_of_output(vector);
+            float share = queries.share_of(vector);
+            for (int64_t d = 0; d < a.value_dim; d++) from_float(sums[place_of<T>(d)] * share, to + d);
         }
     }
 };

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -25,6 +26,12 @@
 #define HAS_BF16_DOT 1
 #else
 #define HAS_BF16_DOT 0
+#endif
+
+#if HAS_BF16_DOT && defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_MATRIX_UNITS 1
+#else
+#define HAS_MATRIX_UNITS 0
 #endif
 
 #if LANES > 4
@@ -82,7 +89,16 @@ template <int R> INLINE Words repeat(const void* from) {
 #endif
 }
 
-INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// b if one of them is NaN.
+INLINE Floats larger(Floats a, Floats b) {
+#if LANES == 16
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LANES == 8
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 #if defined(__clang__)
 #define PERMUTE(a, b, indices) permute_pair(a, b, indices)
@@ -244,10 +260,15 @@ template <class T> INLINE int64_t place_of(int64_t index) {
 
 // -------------------------------------------------------------------- arithmetic
 
-// 2^whole * x for a whole number `whole`; 0 if the result is below the normal numbers.
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^whole * x for a whole number `whole`; 0 if the result is below the normal numbers: computing with
+// smaller ones takes a hundred cycles.
 INLINE Floats times_power_of_two(Floats x, Floats whole) {
 #if LANES == 16
-    return (Floats)_mm512_scalef_ps((__m512)x, (__m512)whole);
+    // True for NaN, too.
+    auto stays = _mm512_cmp_ps_mask((__m512)whole, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (Floats)_mm512_maskz_scalef_ps(stays, (__m512)x, (__m512)whole);
 #else
     Ints vanishes = whole < -126.0f;
     Ints power = __builtin_convertvector(vanishes ? Floats{} : whole, Ints);
@@ -266,9 +287,10 @@ INLINE Floats nearest_whole(Floats x) {
 // exp(x) for x <= 0 to about 2 ulp. Results below 1e-37 may become 0. NaN stays NaN. Range reduction
 // by powers of two as in Cody & Waite, polynomial from Cephes (S. Moshier).
 INLINE Floats exp_nonpositive(Floats x) {
-    Floats lowest = broadcast(-104.0f);  // below, exp is 0 even as a subnormal number
-    x = x < lowest ? lowest : x;
-    Floats n = nearest_whole(x * 1.44269504f);
+#if LANES < 16
+    x = larger(broadcast(-104.0f), x);  // powers of two must be finite
+#endif
+    Floats n = nearest_whole(x * LOG2_E);
     Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Floats y = broadcast(1.9875691500e-4f);
     y = y * r + 1.3981999507e-3f;
@@ -324,6 +346,51 @@ INLINE Floats over_runs(Floats x, Combine combine) {
     }
     return x;
 }
+
+#if LANES == 16
+// Exchanges rows and columns: blocks of half the size are exchanged, then blocks inside them.
+INLINE void transpose(Words (&rows)[LANES]) {
+    auto exchange = [&](auto distance_) {
+        constexpr int distance = distance_();
+        Ints upper, lower;
+        for (int lane = 0; lane < LANES; lane++) {
+            bool moves = lane & distance;
+            upper[lane] = moves ? lane - distance + LANES : lane;
+            lower[lane] = moves ? lane + LANES : lane + distance;
+        }
+        for (int i = 0; i < LANES; i++) {
+            if (i & distance) continue;
+            Words one = rows[i], other = rows[i + distance];
+            rows[i] = PERMUTE(one, other, upper);
+            rows[i + distance] = PERMUTE(one, other, lower);
+        }
+    };
+    exchange(std::integral_constant<int, 8>{});
+    exchange(std::integral_constant<int, 4>{});
+    exchange(std::integral_constant<int, 2>{});
+    exchange(std::integral_constant<int, 1>{});
+}
+#endif
+
+#if HAS_BF16_DOT
+// 2^x for x <= 0 to 3e-6, enough for bf16. NaN stays NaN.
+INLINE Floats exp2_nonpositive(Floats x) {
+    Floats n = nearest_whole(x), r = x - n;
+    Floats y = r * 9.570101276e-3f + 5.591786653e-2f;
+    y = y * r + 2.402474433e-1f;
+    y = y * r + 6.931217909e-1f;
+    return times_power_of_two(y * r + 9.999992847e-1f, n);
+}
+
+// Rounds both to bf16: words with `low` in the lower half.
+INLINE Words rounded_pair(Floats low, Floats high) {
+    auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    alignas(64) static constexpr uint16_t order[32] = {
+        0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (Words)_mm512_permutexvar_epi16(load<__m512i>(order), halves);
+}
+#endif
 
 #if HAS_INT16_DOT
 // sums + a * b for vectors of 2 * LANES int16: each lane of `sums` adds two products.

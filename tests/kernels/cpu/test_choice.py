@@ -173,6 +173,7 @@ def test_the_status_command_shows_libraries_and_builds_nothing(
 ) -> None:
     monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"avx2", "fma", "f16c"}))
     assert shown(capsys) == {
+        "amx": "not on this CPU",
         "avx512bf16": "not on this CPU",
         "avx512": "not on this CPU",
         "avx2": "runs here, not built",

@@ -1,4 +1,7 @@
-"""Native attention of many queries per row, which has inner loops of its own (`prefill.h`)."""
+"""Native attention of many queries per row, which has inner loops of its own.
+
+`prefill.h` has those of floats, `matrix.h` those of matrix units.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,9 @@ PREFILLS = {
     "head_dim_256": Case(((70, 100),), key_dim=256, value_dim=256),
     "head_dim_80": Case(((70, 100),), key_dim=80, value_dim=80),
     "odd_head_dims": Case(((70, 100),), key_dim=33, value_dim=13),
+    "softcap_with_a_negative_scale": Case(((70, 100),), softcap=2.0, softmax_scale=-0.4),
+    "negative_scale": Case(((150, 150),), softmax_scale=-0.4, window=33),
+    "several_tiles": Case(((150, 700), (1, 300))),
     "very_wide_keys": Case(((60, 100),), query_heads=2, kv_heads=1, key_dim=576, value_dim=512),
 }
 
@@ -53,14 +59,17 @@ def test_prefill_is_as_exact_as_plain_torch(name: str, dtype: torch.dtype, nativ
     assert_as_exact_as_plain_torch(case, call, output, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_few_queries_of_a_long_row_are_shared_among_threads(threads: int, native: Native) -> None:
+def test_few_queries_of_a_long_row_are_shared_among_threads(
+    threads: int, dtype: torch.dtype, native: Native
+) -> None:
     case = Case(((40, 3000), (30, 30)), query_heads=2, kv_heads=1, sinks=True)
-    call = make_call(case, torch.float32)
-    blocks = in_blocks(case, call, 16, torch.float32)
+    call = make_call(case, dtype)
+    blocks = in_blocks(case, call, 16, dtype)
     torch.set_num_threads(threads)
     output = attend(case, call, blocks, kernels=native.kernels)
-    assert_as_exact_as_plain_torch(case, call, output, torch.float32)
+    assert_as_exact_as_plain_torch(case, call, output, dtype)
     assert torch.equal(attend(case, call, blocks, kernels=native.kernels), output)
 
 
@@ -90,13 +99,22 @@ def test_a_nan_reaches_the_queries_that_see_it(dtype: torch.dtype, native: Nativ
     assert output[:, :2].isfinite().all()
 
 
-def test_a_query_is_blind_to_the_bits_of_the_tokens_it_does_not_see(native: Native) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_is_blind_to_the_bits_of_the_tokens_it_does_not_see(
+    dtype: torch.dtype, native: Native
+) -> None:
     case = Case(((150, 150),), window=40)
-    call = make_call(case, torch.float32)
-    expected = attend(case, call, in_blocks(case, call, 16, torch.float32), kernels=native.kernels)
+    call = make_call(case, dtype)
+    expected = attend(case, call, in_blocks(case, call, 16, dtype), kernels=native.kernels)
     call.keys[0][100:] *= 3
     call.values[0][:60] += 1
-    output = attend(case, call, in_blocks(case, call, 16, torch.float32), kernels=native.kernels)
+    output = attend(case, call, in_blocks(case, call, 16, dtype), kernels=native.kernels)
     assert torch.equal(output[99], expected[99])  # it sees the tokens 60 to 99
     assert not torch.equal(output[98], expected[98])
     assert not torch.equal(output[100], expected[100])
+
+
+def test_prefill_uses_the_matrix_units_of_a_cpu_that_has_them() -> None:
+    native = require("amx")
+    assert native.library.matrix_units
+    assert not require("avx512bf16").library.matrix_units
