@@ -8,8 +8,8 @@ One engine of a small llama, in this process. A switch lets vLLM's code or kvpag
 layers, and the two alternate: A B B A. The prefix cache is emptied between runs. `tokens_per_s`
 counts new tokens, in `prefill` prompt tokens. `ratio` is kvpager's speed relative to vLLM's: the
 median over pairs of runs. `cpu_ratio` is the same in processor seconds of this process. `other_cpu`
-is the most that other processes took during a run, in cores: above 0.1, compare only `cpu_ratio`, and
-that only with one thread, because threads that wait for each other take processor time, too.
+is the most that other processes took during a run, in cores. Above 0.1, compare only `cpu_ratio`,
+and only with one thread: threads that wait for each other take processor time, too.
 """
 
 from __future__ import annotations
