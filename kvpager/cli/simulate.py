@@ -69,9 +69,23 @@ _Trace = Annotated[
 ]
 
 
+_RecordFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Record the replay of one policy in a pool of one size.",
+        rich_help_panel="Output",
+    ),
+]
+
+
 @takes_options
 def simulate(
-    options: Options, trace: _Trace = None, plot: PlotFile = None, json_file: JsonFile = None
+    options: Options,
+    trace: _Trace = None,
+    record: _RecordFile = None,
+    plot: PlotFile = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Replay a trace and compare the hit ratios of eviction policies.
 
@@ -86,8 +100,13 @@ def simulate(
         tiers = _tiers(options.tiers)
         if tiers and plot is not None:
             raise BadInput(f"--plot={plot}: conflicts with --tiers. Give one of the two.")
+        if record is not None and (tiers or len(capacities) * len(policies) > 1):
+            raise BadInput(
+                f"--record={record}: records one replay. Give one --capacity, one --policy and no "
+                "--tiers."
+            )
         replayed = _find_trace(trace, options)
-    results = _replay_all(replayed, capacities, policies, tiers, quiet=json_file == "-")
+    results = _replay_all(replayed, capacities, policies, tiers, record, quiet=json_file == "-")
     if plot is not None:
         _draw(plot, replayed, results)
     write_json(json_file, summary(replayed, results))
@@ -95,7 +114,7 @@ def simulate(
         if trace is None and options.generate is None and options.kind is None:
             typer.echo("No TRACE given: generating one.")
         _show(replayed, results)
-        name_files(figures=json_file, plot=plot)
+        name_files(figures=json_file, plot=plot, recording=record)
 
 
 def _capacities(wanted: list[str] | None) -> list[int]:
@@ -162,6 +181,7 @@ def _replay_all(
     capacities: list[int],
     policies: list[str],
     tiers: dict[str, int],
+    record: str | None,
     quiet: bool,
 ) -> list[Result]:
     """Replay each policy at each capacity; the offline optimum last, if there are no tiers."""
@@ -181,7 +201,8 @@ def _replay_all(
                 if tiers:
                     results.append(replay_tiers(trace, capacity, policy, tiers, bar.update))
                 else:
-                    results.append(replay(trace, capacity, policy, bar.update))
+                    with wrong_usage():  # of `record`
+                        results.append(replay(trace, capacity, policy, bar.update, record))
             if not tiers:
                 results.append(offline_optimum(trace, capacity))
     return results

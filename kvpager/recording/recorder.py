@@ -8,19 +8,20 @@ with Recorder.open("run.jsonl", manager, source="manager") as recorder:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 import kvpager
 from kvpager.blocks.changes import ManagerChanges
 from kvpager.blocks.manager import BlockManager
-from kvpager.plans import StepPlan
+from kvpager.blocks.sequences import SequenceHandle
+from kvpager.plans import Reason, StepPlan
 from kvpager.recording.format import Header, encoded
 from kvpager.recording.writer import RecordingWriter
-from kvpager.scheduling.progress import Progress
+from kvpager.scheduling.progress import RequestChanges
 
 _TIERS_EVERY_S = 0.1
 TierTotals = Iterable[tuple[int | None, int, int]]  # as `TierCounts`
@@ -39,6 +40,19 @@ class Described(NamedTuple):
     tiers: tuple[str, ...] = ()
 
 
+class Requests(Protocol):
+    """Requests that hold the sequences of a manager; `Progress` has those of a scheduler."""
+
+    def look(self, ended: Iterable[tuple[Hashable, Reason]]) -> RequestChanges:
+        """Return what changed since the last look; `ended` as in `StepPlan`."""
+
+    def owners(self) -> dict[SequenceHandle, int]:
+        """Return the request of each sequence."""
+
+    def handle(self, seq_id: int) -> SequenceHandle | None:
+        """Return the handle of a sequence of a plan."""
+
+
 class Recorder:
     """Appends a line for each step. An error in it never reaches the caller.
 
@@ -47,7 +61,7 @@ class Recorder:
     Args:
         writer: receives the lines; `close` closes it.
         manager: is compared with itself at each step.
-        progress: of the scheduler of the manager; None without one.
+        requests: which hold the sequences of the manager; None if it has no requests.
         tiers: returns the counts of each store; None without tiers.
     """
 
@@ -55,10 +69,10 @@ class Recorder:
         self,
         writer: RecordingWriter,
         manager: BlockManager,
-        progress: Progress | None = None,
+        requests: Requests | None = None,
         tiers: Callable[[], TierTotals] | None = None,
     ) -> None:
-        self._writer, self._progress, self._tiers = writer, progress, tiers
+        self._writer, self._requests, self._tiers = writer, requests, tiers
         self._changes = manager.queries.changes()
         self._began = time.monotonic()
         self._num_groups = len(manager.windows)
@@ -73,7 +87,7 @@ class Recorder:
         path: str | PathLike[str],
         manager: BlockManager,
         described: Described,
-        progress: Progress | None = None,
+        requests: Requests | None = None,
         tiers: Callable[[], TierTotals] | None = None,
     ) -> Recorder:
         """Open a file, and return a recorder of `manager`. O(blocks).
@@ -94,7 +108,7 @@ class Recorder:
             windows=manager.windows,
             **described._asdict(),
         )
-        return cls(RecordingWriter(path, header), manager, progress, tiers)
+        return cls(RecordingWriter(path, header), manager, requests, tiers)
 
     def step(self, plan: StepPlan | None = None) -> None:
         """Append a line for a step that was planned, or for any moment. O(changes), mostly.
@@ -157,33 +171,33 @@ class Recorder:
     def _add_requests(
         self, changes: ManagerChanges, plan: StepPlan | None, fields: dict[str, Any]
     ) -> None:
-        progress, owners = self._progress, {}
-        if progress is not None:
-            arrived, states = progress.look(() if plan is None else plan.ended)
+        requests, owners = self._requests, {}
+        if requests is not None:
+            arrived, states = requests.look(() if plan is None else plan.ended)
             if arrived:
                 fields["new"] = arrived
             if states:
                 fields["state"] = states
             if changes.begun:
-                owners = progress.owners()
+                owners = requests.owners()
         if changes.begun:
             fields["begin"] = [
                 (number, owners.get(sequence), cached) for number, sequence, cached in changes.begun
             ]
-        if progress is not None and plan is not None and len(plan):
-            parts = self._prefill(plan, progress, {each.number for each in changes.begun})
+        if requests is not None and plan is not None and len(plan):
+            parts = self._prefill(plan, requests, {each.number for each in changes.begun})
             if parts:
                 fields["prefill"] = parts
 
     def _prefill(
-        self, plan: StepPlan, progress: Progress, begun: set[int]
+        self, plan: StepPlan, requests: Requests, begun: set[int]
     ) -> list[tuple[int, int, int]]:
         """Return the parts of prompts in a plan: (sequence, first token, tokens)."""
         is_part = (plan.num_scheduled > 1) | ~plan.needs_logits
         rows = np.flatnonzero(is_part).tolist() if not begun else range(len(plan))
         parts = []
         for row in rows:
-            handle = progress.handle(int(plan.seq_ids[row]))
+            handle = requests.handle(int(plan.seq_ids[row]))
             number = None if handle is None else self._changes.number(handle)
             if number is not None and (is_part[row] or number in begun):
                 parts.append((number, int(plan.num_computed[row]), int(plan.num_scheduled[row])))

@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from kvpager import _validate as arguments
 from kvpager.blocks.manager import BlockManager
 from kvpager.plans import Int32
 from kvpager.simulate.policies import COMPARED
+from kvpager.simulate.recording import TraceRecorder
 
 _ID_END = 2**31
 _BAD_LINES_SHOWN = 3
@@ -194,11 +196,13 @@ def replay(
     capacity: int,
     policy: str,
     progress: Callable[[int], object] = lambda count: None,
+    record: str | PathLike[str] | None = None,
 ) -> Result:
     """Replay `trace` with `policy` in a pool of `capacity` blocks. O(blocks * log capacity).
 
     A prompt longer than the pool counts its hits, but is not cached. `progress` is called with 1
-    after each request. Raises: `TypeError`, `ValueError`.
+    after each request. `record` is a file to record in, where a slot is a block of the trace.
+    Raises: `TypeError`, `ValueError`; `OSError` if the file cannot be written.
     """
     capacity = arguments.count("capacity", capacity, at_least=1)
     # `allocate` never reuses the last token. So each prompt gets one more token, which is never
@@ -206,19 +210,24 @@ def replay(
     # exactly `capacity` of them can be cached. More blocks than prefixes would only cost memory.
     num_blocks = min(capacity, trace.num_prefixes) + 1
     manager = BlockManager(num_blocks, 1, eviction=COMPARED[policy](num_blocks))
+    recorder = None if record is None else TraceRecorder(record, manager, policy)
     hits = too_long = 0
     start = time.perf_counter()
-    for prompt in trace.prompts:
+    for number, prompt in enumerate(trace.prompts):
         if len(prompt) > capacity:
             hits += manager.match_prefix(prompt)
             too_long += 1
         else:
             sequence = manager.allocate(np.append(prompt, np.int32(trace.num_prefixes)))
             hits += sequence.num_cached_tokens
+            if recorder is not None:
+                recorder.step(number, len(prompt), sequence)
             manager.commit(sequence, len(prompt))
             manager.free(sequence)
         progress(1)
     seconds = time.perf_counter() - start
+    if recorder is not None:
+        recorder.close()
     evicted = manager.queries.num_evicted_blocks
     return Result(policy, capacity, hits, trace.num_blocks, evicted, too_long, seconds)
 
