@@ -19,7 +19,7 @@ from kvpager.integrations.sglang.interface import (
 )
 from kvpager.integrations.sglang.options import Options
 from kvpager.integrations.sglang.pages import Bytes, HostPages
-from kvpager.storage.tiers.asking import found_in, is_bypassed, loaded_from, saved_to
+from kvpager.storage.tiers.asking import found_in, is_bypassed, outcomes_of
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 from kvpager.storage.tiers.urls import are_private, bare_url, open_stores
 
@@ -129,7 +129,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
                 break
             into = [_flat(buffers[number]) for number in missing]
             lacked = [names[number] for number in missing]
-            outcomes = loaded_from(store, lacked, into, deadline)
+            outcomes = outcomes_of(store, "load", lacked, into, deadline)
             arrived[missing] = outcomes == Loaded.HIT
         for number in np.flatnonzero(arrived):
             if buffers[number] is not parts[number]:
@@ -141,7 +141,7 @@ class KvpagerHiCache(HiCacheStorage):  # type: ignore[misc]
         blocks = [_flat(np.ascontiguousarray(part)) for part in parts]
         for store in self._stores:
             if not is_bypassed(store):
-                outcomes = saved_to(store, names, blocks, deadline)
+                outcomes = outcomes_of(store, "save", names, blocks, deadline)
                 kept |= (outcomes == Saved.SAVED) | (outcomes == Saved.KNOWN)
         return kept
 

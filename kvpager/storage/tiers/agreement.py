@@ -26,7 +26,7 @@ from kvpager import _validate as arguments
 from kvpager._text import listed
 from kvpager.plans import Int32
 from kvpager.storage.keys import KeyContext, content_keys
-from kvpager.storage.tiers.asking import loaded_from, saved_to
+from kvpager.storage.tiers.asking import outcomes_of
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 from kvpager.storage.tiers.seals import Digest, namespace_secret
@@ -241,7 +241,8 @@ def _stored(stores: Sequence[BlockStore], keys: list[bytes], like: Blocks) -> Bl
     for store in reversed(stores):
         found = np.empty_like(like)
         deadline = time.monotonic() + _LOAD_S
-        outcomes = loaded_from(store, keys, [memoryview(block) for block in found], deadline)
+        into = [memoryview(block) for block in found]
+        outcomes = outcomes_of(store, "load", keys, into, deadline)
         if (outcomes == Loaded.HIT).all():
             return found
     return None
@@ -252,7 +253,7 @@ def _save(stores: Sequence[BlockStore], keys: list[bytes], blocks: Blocks) -> No
     buffers = [memoryview(block) for block in blocks]
     for store in stores:
         for _ in range(_OFFERS):
-            outcomes = saved_to(store, keys, buffers, time.monotonic() + _SAVE_S)
+            outcomes = outcomes_of(store, "save", keys, buffers, time.monotonic() + _SAVE_S)
             if not (outcomes == Saved.REFUSED).any():
                 break
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -40,27 +41,18 @@ def found_in(store: BlockStore, keys: Sequence[bytes]) -> int:
         return 0
 
 
-def loaded_from(
-    store: BlockStore, keys: Sequence[bytes], into: Sequence[memoryview], deadline: float
+def outcomes_of(
+    store: BlockStore,
+    verb: Literal["load", "save"],
+    keys: Sequence[bytes],
+    buffers: Sequence[memoryview],
+    deadline: float,
 ) -> Outcomes:
-    """Return the outcomes of `BlockStore.load`; all are misses if it fails."""
+    """Return the outcomes of `BlockStore.load` or `save`; all misses or refused if it fails."""
     try:
-        outcomes = store.load(keys, into, deadline)
+        outcomes = (store.load if verb == "load" else store.save)(keys, buffers, deadline)
         check_outcomes(outcomes, len(keys))
     except Exception:
-        logger.exception("the store %s failed to load blocks", store.name)
-        return np.full(len(keys), Loaded.MISS, np.uint8)
-    return outcomes
-
-
-def saved_to(
-    store: BlockStore, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
-) -> Outcomes:
-    """Return the outcomes of `BlockStore.save`; all are refused if it fails."""
-    try:
-        outcomes = store.save(keys, blocks, deadline)
-        check_outcomes(outcomes, len(keys))
-    except Exception:
-        logger.exception("the store %s failed to save blocks", store.name)
-        return np.full(len(keys), Saved.REFUSED, np.uint8)
+        logger.exception("the store %s failed to %s blocks", store.name, verb)
+        return np.full(len(keys), Loaded.MISS if verb == "load" else Saved.REFUSED, np.uint8)
     return outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvpager.blocks.manager import BlockManager
@@ -47,22 +48,15 @@ class Attached(NamedTuple):
         return tokens
 
 
+@dataclass(eq=False)
 class PrefixAttacher:
     """Attaches the next blocks of prompts. One thread, between steps, calls its methods."""
 
-    def __init__(
-        self,
-        manager: BlockManager,
-        staging: SlotMemory,
-        saver: Saver,
-        keying: ContentKeying,
-        followers: Followers,
-    ) -> None:
-        self._manager = manager
-        self._staging = staging
-        self._saver = saver
-        self._keying = keying
-        self._followers = followers
+    _manager: BlockManager
+    _staging: SlotMemory
+    _saver: Saver
+    _keying: ContentKeying
+    _followers: Followers
 
     def new_fetch(
         self, tokens: Int32, identity: KeyParts, context: KeyContext, first: int, num_blocks: int

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kvpager.storage.keys import KEY_BYTES
 from kvpager.storage.tiers.layout import BlockLayout
-from kvpager.storage.tiers.seals import NONCE_BYTES, Digest, Hasher, Seal
+from kvpager.storage.tiers.seals import NONCE_BYTES, Digest, Hasher, Seal, Sealed
 
 _MAGIC, _VERSION = b"KVPBLK\x00\x01", 1
 _HEAD = struct.Struct("<8sHHI16s32s12s4x")
@@ -88,8 +88,8 @@ def check_block(
         if not good:
             return fault
     tag = bytes(frame[_HEAD.size : _CHECKED])
-    sealed = head._replace(nonce=b"").packed()
-    return None if seal.unseal(sealed, head.nonce, tag, payload.cast("B")) else Fault.BYTES
+    sealed = Sealed(head.nonce, tag, payload.cast("B"))
+    return None if seal.unseal(head._replace(nonce=b"").packed(), sealed) else Fault.BYTES
 
 
 class Framing:
@@ -138,8 +138,8 @@ class Framing:
         checked = self._head(key, nonce) + tag
         if frame != checked + _check(checked) or payload.nbytes != self.layout.block_bytes:
             return self._why_refused(frame, key, payload)
-        sealed, payload = self._head(key, _NO_NONCE), payload.cast("B")
-        return None if self.seal.unseal(sealed, nonce, tag, payload, hasher) else Fault.BYTES
+        sealed, head = Sealed(nonce, tag, payload.cast("B")), self._head(key, _NO_NONCE)
+        return None if self.seal.unseal(head, sealed, hasher) else Fault.BYTES
 
     def _why_refused(self, frame: bytes, key: bytes, payload: memoryview) -> Fault | None:
         head = read_head(frame)

@@ -33,23 +33,16 @@ class _Filling:
     sources: list[int] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class GroupAttacher:
     """Attaches the blocks that prompts need. One thread, between steps, calls its methods."""
 
-    def __init__(
-        self,
-        manager: GroupedManager,
-        staging: SlotMemory,
-        saver: Saver,
-        keying: ContentKeying,
-        num_stores: int,
-    ) -> None:
-        self._manager = manager
-        self._staging = staging
-        self._saver = saver
-        self._keying = keying
-        self._num_stores = num_stores
-        self._filling: dict[Fetch, _Filling] = {}
+    _manager: GroupedManager
+    _staging: SlotMemory
+    _saver: Saver
+    _keying: ContentKeying
+    _num_stores: int
+    _filling: dict[Fetch, _Filling] = field(default_factory=dict, init=False)
 
     def new_fetch(
         self, tokens: Int32, identity: KeyParts, context: KeyContext, first: int, num_blocks: int

@@ -65,17 +65,10 @@ class Seal(Protocol):
         """Return a hasher for a payload that arrives in pieces. O(1)."""
         ...
 
-    def unseal(
-        self,
-        head: bytes,
-        nonce: bytes,
-        tag: bytes,
-        payload: memoryview,
-        hasher: Hasher | None = None,
-    ) -> bool:
-        """Return whether `payload` is genuine, and turn it into the block, in place. O(bytes).
+    def unseal(self, head: bytes, sealed: Sealed, hasher: Hasher | None = None) -> bool:
+        """Return whether a block is genuine, and turn its payload into it, in place. O(bytes).
 
-        A `hasher`, if given, comes from `head` and has taken in `payload`.
+        A `hasher`, if given, comes from `head` and has taken in the payload.
         """
         ...
 
@@ -98,16 +91,9 @@ class Digest:
         """Return a hasher without any bytes."""
         return cast(Hasher, self._xxh3())
 
-    def unseal(
-        self,
-        head: bytes,
-        nonce: bytes,
-        tag: bytes,
-        payload: memoryview,
-        hasher: Hasher | None = None,
-    ) -> bool:
-        """Return whether the digest is that of `payload`."""
-        return (hasher or _fed(self.hasher(head), payload)).digest() == tag
+    def unseal(self, head: bytes, sealed: Sealed, hasher: Hasher | None = None) -> bool:
+        """Return whether the digest is that of the payload."""
+        return (hasher or _fed(self.hasher(head), sealed.payload)).digest() == sealed.tag
 
 
 class Mac:
@@ -129,17 +115,10 @@ class Mac:
         """Return a hasher that has taken in `head`."""
         return cast(Hasher, self._blake3(head, key=self._key))
 
-    def unseal(
-        self,
-        head: bytes,
-        nonce: bytes,
-        tag: bytes,
-        payload: memoryview,
-        hasher: Hasher | None = None,
-    ) -> bool:
-        """Return whether the tag is that of `head` and `payload`."""
-        hasher = hasher or _fed(self.hasher(head), payload)
-        return hmac.compare_digest(hasher.digest()[:TAG_BYTES], tag)
+    def unseal(self, head: bytes, sealed: Sealed, hasher: Hasher | None = None) -> bool:
+        """Return whether the tag is that of `head` and the payload."""
+        hasher = hasher or _fed(self.hasher(head), sealed.payload)
+        return hmac.compare_digest(hasher.digest()[:TAG_BYTES], sealed.tag)
 
 
 class Encrypted:
@@ -169,15 +148,9 @@ class Encrypted:
         """Return a hasher that ignores all bytes: the cipher verifies them."""
         return _NoHasher()
 
-    def unseal(
-        self,
-        head: bytes,
-        nonce: bytes,
-        tag: bytes,
-        payload: memoryview,
-        hasher: Hasher | None = None,
-    ) -> bool:
-        """Decrypt `payload` in place, unless it is not genuine."""
+    def unseal(self, head: bytes, sealed: Sealed, hasher: Hasher | None = None) -> bool:
+        """Decrypt the payload in place, unless it is not genuine."""
+        nonce, tag, payload = sealed
         try:
             self._cipher.decrypt_into(nonce, b"".join((payload, tag)), head, payload)
         except self._invalid:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpager.storage.tiers.frame import Framing
+from kvpager.storage.tiers.seals import Sealed
 
 logger = logging.getLogger("kvpager")
 
@@ -81,7 +82,7 @@ class Directory:
             return
         nonce, tag, payload = map(bytes.fromhex, found["proof"])
         buffer = memoryview(bytearray(payload))
-        genuine = framing.seal.unseal(_FORMAT.encode(), nonce, tag, buffer)
+        genuine = framing.seal.unseal(_FORMAT.encode(), Sealed(nonce, tag, buffer))
         if not genuine or buffer != _PROVED:
             raise ValueError(
                 f"seal: {self.path} was written with another secret. "
