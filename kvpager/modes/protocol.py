@@ -134,8 +134,8 @@ class Mode(Protocol):
     def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:
         """Return memory for `num_blocks` with the contents of the first blocks of `memory`.
 
-        "virtual" shares them, in O(1), and its rows stay as they are. Other modes copy, in
-        O(bytes). Raises: errors of the allocation.
+        "virtual" shares them, in O(1), on a GPU in O(blocks), and its rows stay as they are. Other
+        modes copy, in O(bytes). Raises: errors of the allocation.
         """
 
     def open_rows(

@@ -20,10 +20,25 @@ from kvpager.storage.layout import StorageLayout
 _UNKNOWN = -2  # in `_mapped`: differs from all blocks
 
 
-class Virtual:
-    """Blocks in pages that can be mapped at several addresses, token-first. Needs Linux."""
+class MappedMemory:
+    """The part of a mode that has a pool of pages, and rows that show them."""
 
     name = "virtual"
+
+    def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:  # noqa: D102
+        pool = _pool_of(memory)
+        pool.resize(num_blocks)
+        return Memory(pool.pages.view(memory.tier.dtype), pool)
+
+    def open_rows(  # noqa: D102
+        self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
+    ) -> VirtualRows:
+        return VirtualRows(memory, layout, num_rows, num_blocks)
+
+
+class Virtual(MappedMemory):
+    """Blocks in pages that can be mapped at several addresses, token-first. Needs Linux."""
+
     token_first = SYSTEM_PAGE_BYTES
 
     def allocate(  # noqa: D102
@@ -41,21 +56,6 @@ class Virtual:
             )
         pool = PagePool(num_blocks, layout.num_elements * dtype.itemsize)
         return Memory(pool.pages.view(dtype), pool)
-
-    def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:  # noqa: D102
-        return resized(memory, num_blocks)
-
-    def open_rows(  # noqa: D102
-        self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
-    ) -> VirtualRows:
-        return VirtualRows(memory, layout, num_rows, num_blocks)
-
-
-def resized(memory: Memory, num_blocks: int) -> Memory:
-    """Return `Mode.resized` for memory of pages, which stay where they are. O(pages on a GPU)."""
-    pool = _pool_of(memory)
-    pool.resize(num_blocks)
-    return Memory(pool.pages.view(memory.tier.dtype), pool)
 
 
 class VirtualRows:

@@ -8,21 +8,19 @@ from kvpager._text import size
 from kvpager.modes.cuda_device import cuda_device
 from kvpager.modes.gpu_pages import GpuPagePool
 from kvpager.modes.protocol import Memory
-from kvpager.modes.virtual import VirtualRows, resized
+from kvpager.modes.virtual import MappedMemory
 from kvpager.storage.layout import PART_ALIGNMENT_BYTES, StorageLayout
 
 # A GPU maps pages of 2 MiB: a small block would leave most of its page unused.
 UNUSED_MOST = 1 / 8
 
 
-class VirtualOnGpu:
+class VirtualOnGpu(MappedMemory):
     """Blocks in GPU pages that can be mapped at several addresses, token-first.
 
     A block takes whole pages, and may leave at most an eighth of them unused. Needs the extra
     `kvpager[virtual]`.
     """
-
-    name = "virtual"
 
     def __init__(self, device: torch.device) -> None:
         """Use `device`, a CUDA device. O(1).
@@ -48,14 +46,6 @@ class VirtualOnGpu:
         self._refuse_waste(layout, dtype)
         pool = GpuPagePool(self._gpu, num_blocks, layout.num_elements * dtype.itemsize)
         return Memory(pool.pages.view(dtype), pool)
-
-    def resized(self, memory: Memory, num_blocks: int, pinned: bool) -> Memory:  # noqa: D102
-        return resized(memory, num_blocks)
-
-    def open_rows(  # noqa: D102
-        self, memory: Memory, layout: StorageLayout, num_rows: int, num_blocks: int
-    ) -> VirtualRows:
-        return VirtualRows(memory, layout, num_rows, num_blocks)
 
     def _refuse_waste(self, layout: StorageLayout, dtype: torch.dtype) -> None:
         """Raise `ValueError` if blocks leave too much of their pages unused."""
