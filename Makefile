@@ -26,7 +26,7 @@ help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(STAMP) ## see paging at work: a small model, on the CPU, offline
-	@$(BIN)/kvpager demo $(ARGS)
+	@mkdir -p build && $(BIN)/kvpager demo --report build/demo.html $(ARGS)
 
 test: lint checks ## before every commit: lint, types, the tests that are quick
 
@@ -63,6 +63,10 @@ docs: $(STAMP) ## the documentation as a site, in build/site; needs no network
 
 diagrams: $(STAMP) ## draw the diagrams of the documentation
 	@$(BIN)/python docs/diagrams
+
+pictures: $(STAMP) ## take the README's picture of the report of `make demo`, in chromium
+	@mkdir -p build && $(BIN)/kvpager demo --report build/demo.html
+	@$(BIN)/python docs/diagrams/pictures.py build/demo.html
 
 conformance: $(STAMP) ## every architecture of transformers in every mode, patched and not; renews docs/models.md
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.report $(ARGS)

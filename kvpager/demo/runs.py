@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -18,7 +19,8 @@ from kvpager.demo.model import Engine, Generated
 from kvpager.demo.results import CallFigures, Contiguous, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
-from kvpager.errors import BadInput, OutOfBlocks
+from kvpager.demo.traffic import NUM_REQUESTS, write_demo_report
+from kvpager.errors import BadInput, KVPagerError, OutOfBlocks
 from kvpager.integrations.huggingface.patching.handle import Patch
 from kvpager.integrations.huggingface.patching.report import PatchStats
 
@@ -139,8 +141,10 @@ def _repeated(call: Generated) -> list[Row]:
     return [prompt for prompt in call.prompts for _ in range(times)]
 
 
-def run(settings: Settings, *, quiet: bool = False) -> tuple[Results, Console]:
-    """Run all scenarios, and print each when it is done unless `quiet`.
+def run(
+    settings: Settings, *, quiet: bool = False, page: Path | None = None
+) -> tuple[Results, Console]:
+    """Run all scenarios, and print each when it is done unless `quiet`. Then write the `page`.
 
     Raises: `BadInput`, also if `--memory` is too small.
     """
@@ -149,10 +153,10 @@ def run(settings: Settings, *, quiet: bool = False) -> tuple[Results, Console]:
     # other make it ten times slower.
     threads = 1 if settings.model is None else None
     with models.quiet_transformers(), models.torch_threads(threads):
-        return _run(settings, console), console
+        return _run(settings, console, page), console
 
 
-def _run(settings: Settings, console: Console) -> Results:
+def _run(settings: Settings, console: Console, page: Path | None) -> Results:
     with _status(console, "loading the model"):
         engine = Engine(settings)
         scenarios = build(settings, engine.tokenize, engine.max_positions)
@@ -169,7 +173,20 @@ def _run(settings: Settings, console: Console) -> Results:
         done.append(result)
     results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done))
     report.show_summary(console, results)
+    if page is not None:
+        with _status(console, f"{NUM_REQUESTS} requests at once, for the report"):
+            _write_report(console, engine, done[0].paged.block_bytes, page)
     return results
+
+
+def _write_report(console: Console, engine: Engine, block_bytes: int, page: Path) -> None:
+    try:
+        write_demo_report(engine, block_bytes, page)
+    except (KVPagerError, ValueError) as error:  # models that generate, but cannot be batched
+        console.print(f"no report: {error}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        requests = f"{NUM_REQUESTS} requests at once, as a page"
+        console.print(f"{requests}: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _in_options(error: OutOfBlocks) -> str:

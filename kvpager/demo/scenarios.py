@@ -96,7 +96,7 @@ def _batch(settings: Settings, tokenize: Tokenize, room: int) -> Scenario:
 def _shared_system_prompt(tokenize: Tokenize, room: int) -> Scenario:
     questions = [tokenize("\n\n" + question) for question in QUESTIONS]
     longest = max(map(len, questions))
-    system = tokenize(_text("compound", "with"))[: min(LONG_PROMPT_TOKENS // 2, room - longest)]
+    system = tokenize(help_text("compound", "with"))[: min(LONG_PROMPT_TOKENS // 2, room - longest)]
     return Scenario(
         "b",
         "One system prompt",
@@ -109,7 +109,7 @@ def _shared_system_prompt(tokenize: Tokenize, room: int) -> Scenario:
 
 
 def _beams(tokenize: Tokenize, room: int) -> Scenario:
-    prompt = tokenize(_text("import", "execmodel"))[: min(LONG_PROMPT_TOKENS, room)]
+    prompt = tokenize(help_text("import", "execmodel"))[: min(LONG_PROMPT_TOKENS, room)]
     return Scenario(
         "c",
         "4 beams",
@@ -123,7 +123,7 @@ def _beams(tokenize: Tokenize, room: int) -> Scenario:
 def _second_call(tokenize: Tokenize, room: int) -> Scenario:
     endings = [tokenize(ending) for ending in ENDINGS]
     longest = max(map(len, endings))
-    prefix = tokenize(_text("strings", "types"))[: min(LONG_PROMPT_TOKENS, room - longest)]
+    prefix = tokenize(help_text("strings", "types"))[: min(LONG_PROMPT_TOKENS, room - longest)]
     return Scenario(
         "d",
         "Shared beginning",
@@ -134,7 +134,7 @@ def _second_call(tokenize: Tokenize, room: int) -> Scenario:
     )
 
 
-def _text(*names: str) -> str:
+def help_text(*names: str) -> str:
     """Return the named help pages as one text, long enough for any tokenizer."""
     pages = [topics[name] for name in names if name in topics]
     return "\n\n".join(pages or [page for _, page in sorted(topics.items())[:20]])

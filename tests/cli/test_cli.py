@@ -68,7 +68,8 @@ def json_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def demo(json_file: Path) -> Any:
     """One real run, as from a pipe, 80 columns wide."""
-    return run(*QUICK, "--json", json_file.name, at=json_file.parent, COLUMNS="80")
+    options = ["--json", json_file.name, "--report", "demo.html"]
+    return run(*QUICK, *options, at=json_file.parent, COLUMNS="80")
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +90,21 @@ def scenario(figures: dict[str, Any], key: str) -> dict[str, Any]:
 @needs_model
 def test_demo_finds_all_outputs_identical(demo: Any) -> None:
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert demo.stdout.endswith("all outputs identical\nfigures: demo.json\n")
+    verdict, page, file = demo.stdout.splitlines()[-3:]
+    assert (verdict, file) == ("all outputs identical", "figures: demo.json")
+    assert page == "48 requests at once, as a page: demo.html"
     assert demo.stderr == ""
     for key in SCENARIOS:
         assert f"({key}) " in demo.stdout
+
+
+@pytest.mark.slow
+@needs_model
+def test_demo_writes_the_report_of_its_own_requests(demo: Any, json_file: Path) -> None:
+    assert demo.returncode == 0
+    page = json_file.with_name("demo.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert len(page) < 500_000
 
 
 @pytest.mark.slow
