@@ -110,5 +110,5 @@ def owner_of(request: int | None) -> int:
 def packed(frames: list[Cells]) -> bytes:
     """Return all frames plane by plane, each frame as its difference (XOR) to the one before."""
     planes = np.stack(frames, 1)  # [planes, frames, cells]
-    planes[:, 1:] ^= planes[:, :-1].copy()
+    planes[:, 1:] ^= planes[:, :-1]  # NumPy reads before it writes
     return planes.tobytes()

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from kvpager.recording.format import Header, encoded, encoded_header
+from kvpager.recording.reader import Recording
+from kvpager.recording.replay import ReplayedState
+from kvpager.report import writer
 from kvpager.report.cells import CELLS_MAX, PLANES, Blocks, Grid
 from kvpager.report.moments import shown_steps
 from kvpager.report.reserved import ReservedPool
@@ -79,6 +82,29 @@ def test_each_block_has_its_tokens_holders_and_request(two_requests) -> None:
     assert owner.tolist() == [0, 1, 2, 0, 0, 0, 0, 0]  # request + 1; the shared block has none
 
 
+def test_all_blocks_of_a_long_run_are_those_of_its_replay(tmp_path: Path) -> None:
+    file = write_recording(tmp_path / "run.jsonl", num_steps=120, every=1.2)
+    run, planes = unpacked(report(file))
+    recording = Recording(file)
+    state = ReplayedState(recording.header)
+    swapped = shared = 0
+    for step in recording:
+        state.apply(step)
+        holders, filled = state.holders(), state.filled()
+        live, held, cached, counted = planes[1, :4, step.step].tolist()
+        assert {block: count for block, count in enumerate(counted) if count} == {
+            block: len(found) for block, found in holders.items()
+        }
+        assert {block: live[block] for block in filled} == filled
+        assert sum(live) == state.counts.tokens
+        assert sum(held) == 16 * state.counts.held
+        assert sum(cached) == 16 * state.counts.cached
+        swapped += state.counts.host
+        shared += run["frames"]["saved"][step.step]
+    assert swapped
+    assert shared
+
+
 def test_reserved_regions_hold_the_same_tokens_without_sharing(two_requests) -> None:
     run, planes = two_requests
     assert planes[0, 0, 1].tolist() == [4, 3, 0, 0, 4, 4, 0, 0]
@@ -118,16 +144,33 @@ def test_the_tree_names_the_sequences_that_share_a_run(two_requests) -> None:
 
 
 def test_a_branch_of_the_tree_follows_what_more_sequences_share(tmp_path: Path) -> None:
-    tables = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 5], [6]]
+    tables = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 5], [6], [7], [7]]
     step = {
-        "begin": [[number, None, 0] for number in range(4)],
+        "begin": [[number, None, 0] for number in range(6)],
         "blocks": [[number, 0, 0, table] for number, table in enumerate(tables)],
     }
     run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", step, header=POOL)))
     assert [(n["parent"], n["blocks"], n["holders"]) for n in run["frames"]["tree"][0]] == [
         (-1, 2, 3),
         (0, 1, 2),
+        (-1, 1, 2),
     ]
+
+
+def test_sequences_with_equal_tables_are_all_named(tmp_path: Path) -> None:
+    step = {
+        "new": [[number, 8, 1, 1] for number in range(3)],
+        "begin": [[number, number, 0] for number in range(3)],
+        "blocks": [[number, 0, 0, [0, 1]] for number in range(3)],
+    }
+    run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", step)))
+    (node,) = run["frames"]["tree"][0]
+    assert (node["blocks"], node["holders"], node["requests"]) == (2, 3, [0, 1, 2])
+
+
+def test_pinned_blocks_count_as_cached(tmp_path: Path) -> None:
+    run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", {"counts": [0, 2, 3, 3, 0, 0]})))
+    assert run["frames"]["cached"] == [5]
 
 
 def test_tier_traffic_is_kept_for_each_shown_step(two_requests) -> None:
@@ -203,6 +246,18 @@ def test_page_is_small_and_the_same_each_time(tmp_path: Path) -> None:
     assert size == len(html) < BYTES_MAX
     assert html == report(file)
     assert html.count(b"http") == html.count(b"http-equiv") + html.count(b"http://www.w3.org/2000")
+
+
+def test_page_that_would_be_too_large_shows_fewer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_recording(tmp_path / "run.jsonl")
+    whole = report(file)
+    monkeypatch.setattr(writer, "BYTES_MAX", len(whole) - 1)
+    smaller = report(file)
+    assert len(smaller) < len(whole)
+    steps = unpacked(smaller)[0]["frames"]["step"]
+    assert (steps[:2], steps[-1]) == ([0, 2], 59)
 
 
 def test_names_in_a_recording_cannot_become_markup(tmp_path: Path) -> None:

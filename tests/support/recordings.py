@@ -159,6 +159,8 @@ class InventedServer:
         moved = [
             b for b in request.table if b >= 0 and self.holders[b] == 1 and b not in self.cached
         ]
+        if len(moved) > len(self.host):
+            return
         to = {block: -2 - self.host.pop() for block in moved}
         for block in moved:
             del self.holders[block]
