@@ -72,7 +72,7 @@ function showBelow(run, side, frame, root, pick) {
   if (!reserved.regions) return below.replaceChildren(`Not one region of ${whole(reserved.maxTokens)} tokens fits into this memory.`);
   if (!reserved.waiting[frame]) return below.replaceChildren(`${whole(reserved.running[frame])} of ${counted(reserved.regions, "region")} taken.`);
   const names = reserved.waitingIds[frame], more = reserved.waiting[frame] - names.length;
-  below.replaceChildren("Paging runs these, reserving has no region for them: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : "");
+  below.replaceChildren("Would be refused, for lack of a region: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : "");
 }
 
 function chip(request, pick) {
