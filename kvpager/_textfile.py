@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -16,9 +16,11 @@ TEXT_BYTES_MAX = 2**30  # decompressed
 LINES_MAX = 10_000_000
 
 
-def lines(path: Path) -> Iterator[bytes]:
+def lines(path: Path, wait: Callable[[], bool] | None = None) -> Iterator[bytes]:
     """Yield the lines of a regular file, decompressed if its name ends in .gz. O(text).
 
+    At the end of a file that another process still writes, `wait` waits for more, and returns False
+    to stop.
     Raises: `OSError` if the file cannot be read. `ValueError` for a device, pipe or folder, for a
     damaged archive, and for text that exceeds the bounds above.
     """
@@ -29,6 +31,8 @@ def lines(path: Path) -> Iterator[bytes]:
         for number in count(1):
             try:
                 line = read(LINE_BYTES_MAX + 1)
+                while wait and not line.endswith(b"\n") and len(line) <= LINE_BYTES_MAX and wait():
+                    line += read(LINE_BYTES_MAX + 1 - len(line))
             except (EOFError, zlib.error) as error:
                 raise ValueError(f"{path}: {error}") from None
             if not line:

@@ -21,6 +21,7 @@ from kvpager.cli.report import report
 from kvpager.cli.run import PASS_THROUGH, run
 from kvpager.cli.simulate import simulate
 from kvpager.cli.tiers import gc, ls, probe, stats, verify
+from kvpager.cli.top import top
 
 app = typer.Typer(
     name="kvpager",
@@ -55,7 +56,7 @@ def kvpager_command(
     """Paged KV-cache memory for PyTorch LLM inference."""
 
 
-for command in (demo, env, simulate, report, check, mutants):
+for command in (demo, env, simulate, report, top, check, mutants):
     app.command(cls=Command)(command)
 app.command(cls=Program, context_settings=PASS_THROUGH)(run)
 for command in (throughput, modes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvpager import _textfile as textfile
@@ -22,14 +22,16 @@ class Recording:
         is_complete: True after the last step of a run that was closed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, wait: Callable[[], bool] | None = None) -> None:
         """Read the header. O(1).
 
+        `wait` is called at the end of a recording that is still being written. It waits for more,
+        and returns False to stop.
         Raises: `OSError` if the file cannot be read; `ValueError` if it is no recording.
         """
         self.path = Path(path)
         self.is_complete = False
-        self._lines = textfile.lines(self.path)
+        self._lines = textfile.lines(self.path, wait)
         first = next(self._lines, b"")
         try:
             self.header: Header = parse_header(first)

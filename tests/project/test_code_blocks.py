@@ -22,6 +22,7 @@ NOT_TESTED = {
     ("docs/guides/eviction.md", "needs your trace"): 1,
     ("docs/guides/own-manager.md", "needs a network"): 1,
     ("docs/guides/peft-torchao.md", "needs torchao"): 1,
+    ("docs/guides/recordings.md", "needs an engine"): 1,
     ("docs/guides/serving.md", "needs a network"): 1,
     ("docs/guides/serving.md", "opens a port"): 1,
     ("docs/guides/throughput.md", "takes minutes"): 2,
