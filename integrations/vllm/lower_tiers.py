@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,11 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpager.storage.tiers.checks import check_outcomes
+from kvpager.storage.tiers.asking import found_in, is_bypassed, outcomes_of
 from kvpager.storage.tiers.keyed import KeySlot
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
-
-logger = logging.getLogger("kvpager")
 
 _FETCH_S, _SAVE_S, _CLOSE_S = 2.0, 30.0, 5.0
 _MISSES_MAX = 64  # in a row: each may be a round trip to a server
@@ -128,19 +125,17 @@ class LowerTiers:
             for number, store in enumerate(self.stores if self.is_open else ()):
                 missing = [key for key in keys if key not in places]
                 places |= dict.fromkeys(present(store, missing), number)
-        except Exception:  # a third-party store may break its contract: vLLM computes its chunks
-            logger.exception("kvpager: cannot look for chunks")
         finally:
             answer({key: places.get(key, absent) for key in keys})
 
     def _leading(self, store: BlockStore, keys: Sequence[bytes]) -> Sequence[bytes]:
-        return keys[: store.find([self._store_key(key) for key in keys])]
+        return keys[: found_in(store, [self._store_key(key) for key in keys])]
 
     def _scattered(self, store: BlockStore, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Return the keys that a store has, until it lacks many in a row."""
         present, num_missing = list[bytes](), 0
         for key in keys:
-            if store.find([self._store_key(key)]):
+            if found_in(store, [self._store_key(key)]):
                 present.append(key)
                 num_missing = 0
             elif (num_missing := num_missing + 1) == _MISSES_MAX:
@@ -157,12 +152,9 @@ class LowerTiers:
                     continue
                 names = [self._store_key(chunk.key) for chunk in asked]
                 buffers = [memoryview(self._rows[chunk.slot]) for chunk in asked]
-                outcomes = store.load(names, buffers, deadline)
-                check_outcomes(outcomes, len(asked))
+                outcomes = outcomes_of(store, "load", names, buffers, deadline)
                 pairs = zip(asked, outcomes, strict=True)
                 arrived |= {chunk.key for chunk, outcome in pairs if outcome == Loaded.HIT}
-        except Exception:  # as above
-            logger.exception("kvpager: cannot load chunks")
         finally:
             end(arrived)
 
@@ -172,16 +164,12 @@ class LowerTiers:
             names = [self._store_key(key) for key, _ in pairs]
             blocks = [memoryview(self._rows[slot]) for _, slot in pairs]
             outcomes = [
-                store.save(names, blocks, time.monotonic() + _SAVE_S)
+                outcomes_of(store, "save", names, blocks, time.monotonic() + _SAVE_S)
                 for store in self.stores
-                if not getattr(store, "bypassed", False)
+                if not is_bypassed(store)
             ]
-            for each in outcomes:
-                check_outcomes(each, len(names))
             is_saved = len(outcomes) == len(self.stores) and all(
                 outcome in (Saved.SAVED, Saved.KNOWN) for each in outcomes for outcome in each
             )
-        except Exception:  # as above
-            logger.exception("kvpager: cannot save chunks")
         finally:
             end(is_saved)

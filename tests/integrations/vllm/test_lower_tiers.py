@@ -131,8 +131,44 @@ def test_a_store_that_breaks_its_contract_costs_only_hits(
     node.look_up(KEYS[:2], context)
     node.look_up(KEYS[:2], context)
     assert node.look_up(KEYS[:2], context) == [MISS, MISS]
-    assert "cannot load chunks" in caplog.text
-    assert "cannot save chunks" in caplog.text
+    assert "failed to load blocks" in caplog.text
+    assert "failed to save blocks" in caplog.text
+
+
+def fail(*_: Any) -> Any:
+    raise OSError("a broken store")
+
+
+@pytest.mark.parametrize("call", ["find", "save", "bypassed"])
+@pytest.mark.parametrize("step", [1, -1])  # -1: as vLLM asks for sliding windows
+def test_a_store_that_fails_keeps_no_other_from_being_asked(
+    make: MakeNode, store: DictStore, caplog: pytest.LogCaptureFixture, call: str, step: int
+) -> None:
+    fill(make, store, KEYS[:2])
+    member = property(fail) if call == "bypassed" else fail
+    broken: DictStore = type("Broken", (DictStore,), {call: member})(64)
+    node, context = make(8, [broken, store]), context_of(KEYS)
+    node.save(KEYS[4:5], [0])
+    node.lower.drain()
+    asked = KEYS[:2][::step]
+    for _ in range(3):
+        found = node.look_up(asked, context)
+    assert found == [HIT] * 2
+    assert KEYS[4][:32] in store.blocks
+    assert f"the store {broken.name} failed to" in caplog.text
+
+
+def test_chunks_of_other_stores_arrive_if_a_store_fails_to_load(
+    make: MakeNode, store: DictStore
+) -> None:
+    second = DictStore(64)
+    fill(make, store, KEYS[:1])
+    fill(make, second, KEYS[1:2])
+    store.fails = True
+    node, context = make(8, [store, second]), context_of(KEYS)
+    for _ in range(3):
+        found = node.look_up(KEYS[:2], context)
+    assert found == [MISS, HIT]
 
 
 def test_outcomes_that_are_no_integers_are_no_hits(

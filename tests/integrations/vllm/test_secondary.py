@@ -154,8 +154,8 @@ def test_a_store_that_breaks_its_contract_fails_its_jobs(
     tier.save(KEYS[:1], [0])
     tier.load(KEYS[:1], [1])
     assert sorted(tier.ended(), key=str) == [(False, None), (False, [])]
-    assert "cannot save chunks" in caplog.text
-    assert "cannot load chunks" in caplog.text
+    assert "failed to save blocks" in caplog.text
+    assert "failed to load blocks" in caplog.text
 
 
 def test_saves_hold_at_most_a_quarter_of_the_rows(tier: Tier, store: DictStore) -> None:
