@@ -140,6 +140,26 @@ def test_others_are_saved_to_while_one_hangs(hanging: HangingStore) -> None:
     assert len(hanging.blocks) > 0
 
 
+def test_a_save_that_hangs_keeps_only_the_slots_of_its_call(hanging: HangingStore) -> None:
+    good = store()
+    hanging.hanging, slots = "save", 64
+    engine = TieredEngine([hanging, good], 64, slots=slots)
+    try:
+        clock = with_clock(engine)
+        engine.ask(list(range(160))).result(60)  # 40 blocks
+        becomes(lambda: hanging.num_waiting == 1)
+        held = slots - engine.staging.num_free
+        clock.now += 1000.0
+        engine.ask(OTHER).result(60)
+        becomes(lambda: engine.staging.num_free >= slots - 16)
+        assert held > 32
+        assert len(good.blocks) > 16
+    finally:
+        engine.close()
+    hanging.end.set()
+    becomes(lambda: engine.staging.num_free == slots)
+
+
 def test_a_namespace_is_forgotten_where_no_store_hangs(hanging: HangingStore) -> None:
     good = store()
     engine = TieredEngine([hanging, good], 64)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
@@ -88,22 +89,29 @@ class Saver:
         return [news.popleft() for _ in range(len(news))]
 
     def submit(self, blocks: Sequence[StagedBlock]) -> Future[None] | None:
-        """Offer blocks to their stores soon; then give their slots back, also if this raises. O(1).
+        """Offer blocks to their stores soon; then give their slots back, also if this raises.
 
-        Returns a future that ends when all stores have answered; None if they have already.
+        A store that hangs keeps the slots of its call, at most 16. O(blocks).
+        Returns a future that ends when all stores have answered, but for those that hang; None if
+        they have already.
         """
-        waiting = [blocks]  # until one thread takes them
+        starts = range(0, len(blocks), _BATCH)
+        waiting = deque(blocks[start : start + _BATCH] for start in starts)  # no thread has them
+        until = list[float]()  # one deadline for all, once a thread takes the first
+        work: Future[None] | None = None
         try:
-            work = self._thread.submit(self._save, waiting)
+            for _ in starts:
+                work = self._thread.submit(self._save, waiting, until)
+                work.add_done_callback(lambda _: self._on_end())
         except RuntimeError:  # the interpreter ends, or the system starts no thread
-            self._save(waiting)
+            while waiting:
+                self._save(waiting, until)
             self._on_end()
             return None
         except BaseException:
             while waiting:
-                self._staging.give(block.slot for block in waiting.pop())
+                self._staging.give(block.slot for block in waiting.popleft())
             raise
-        work.add_done_callback(lambda _: self._on_end())
         return work
 
     def promote(
@@ -141,20 +149,18 @@ class Saver:
             done.set_result(drop())
             return done
 
-    def _save(self, waiting: list[Sequence[StagedBlock]]) -> None:
-        if not waiting:  # `submit` queued them although it raised
+    def _save(self, waiting: deque[Sequence[StagedBlock]], until: list[float]) -> None:
+        try:
+            blocks = waiting.popleft()
+        except IndexError:  # `submit` queued them although it raised
             return
-        blocks = waiting.pop()
-        deadline = time.monotonic() + self._max_wait_s
+        until[:] = until or [time.monotonic() + self._max_wait_s]
         try:
             for number, store in enumerate(self._stores):
                 theirs = [block for block in blocks if number in block.stores]
                 try:
-                    for start in range(0, len(theirs), _BATCH):
-                        if self._calls.hangs(number):
-                            break
-                        batch = theirs[start : start + _BATCH]
-                        self._save_batch(number, batch, min(deadline, self.ends_at))
+                    if theirs and not self._calls.hangs(number):
+                        self._save_batch(number, theirs, min(until[0], self.ends_at))
                     self._dropper.drop_surplus(number)
                 except Exception:
                     logger.exception("the store %s failed to save", store.name)
