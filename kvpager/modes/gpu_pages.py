@@ -100,7 +100,7 @@ class GpuAddressRange:
         # Places to unmap when the work that may read them has ended.
         self._leaving: list[tuple[Mark, set[int]]] = []
         self._streams: list[torch.cuda.Stream] = []
-        self._own: list[Handle] = []  # private copies still to be released
+        self._own: list[Handle] = []  # of private copies
         self._users: list[weakref.ref[NDArray[np.uint8]]] = []
         self._address = self._device.reserve(self._size)
         self._close = weakref.finalize(
@@ -184,14 +184,11 @@ class GpuAddressRange:
         shown = self.tensor()[start : start + count * self._page_bytes]
         own = self._device.create(count, self._page_bytes)
         self._own += own
-        try:
-            content = shown.clone()
-            self.enter()
-            Mark(self._streams).wait()
-            self._unmap({*range(place, place + count)})
-            self.map(place, own)
-        finally:
-            self._device.release(self._own)  # the mapping keeps the memory
+        content = shown.clone()
+        self.enter()
+        Mark(self._streams).wait()
+        self._unmap({*range(place, place + count)})
+        self.map(place, own)
         shown.copy_(content)
 
     def close(self) -> None:

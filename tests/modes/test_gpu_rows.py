@@ -407,6 +407,16 @@ def test_a_failure_of_any_call_leaves_nothing_behind(gpu: FakeDevice) -> None:
     gpu.driver = gpu._driver = FakeDriver()
 
 
+def test_a_failed_growth_frees_its_memory_before_the_error_is_handled(gpu: FakeDevice) -> None:
+    made = storage(4)
+    before = gpu.driver.left()
+    gpu.driver.fail = {len(gpu.driver.calls) + 5: CUresult.CUDA_ERROR_INVALID_VALUE}
+    with pytest.raises(RuntimeError, match="cuMemMap") as refused:
+        made.grow(6)
+    assert gpu.driver.left() == before
+    del refused
+
+
 @pytest.mark.parametrize("failing", ["cuMemMap", "cuMemSetAccess", "cuMemUnmap"])
 def test_rows_are_right_again_after_a_call_that_failed(gpu: FakeDevice, failing: str) -> None:
     made = numbered(storage())
