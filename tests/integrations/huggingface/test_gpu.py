@@ -67,3 +67,21 @@ def test_dropping_the_cache_gives_its_memory_back(model: Any, inputs: Any) -> No
         assert patch.stats().num_held_blocks > 0
         del output
         assert patch.stats().reserved_bytes == 0
+
+
+def test_gpu_models_with_attention_of_their_own_read_mapped_blocks() -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="kvpager[virtual] is not installed")
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    # 8 KiB per token in float32: 256 tokens are a page of a GPU.
+    config = BloomConfig(vocab_size=99, hidden_size=256, n_layer=4, n_head=4)
+    model = BloomForCausalLM(config).to("cuda").eval()
+    ids = torch.randint(4, 99, (3, 300), device="cuda")
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with kvpager.patch(model, mode="virtual", block_size=256) as patch:
+        mapped = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        stats = patch.stats()
+    assert torch.equal(mapped, expected)
+    assert (stats.gathers, stats.in_place_reads > 0) == (0, True)
