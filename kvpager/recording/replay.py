@@ -68,6 +68,7 @@ class ReplayedState:
     counts: Counts = _NO_COUNTS
     totals: Totals = _NO_TOTALS
     tiers: tuple[TierCounts, ...] = ()
+    _growing: list[list[int]] = field(default_factory=list)  # lengths of decoding sequences
     _num_begun: int = 0
     _num_arrived: int = 0
 
@@ -139,12 +140,11 @@ class ReplayedState:
             self.sequences[number] = ReplayedSequence(request, cached, [0] * num_groups, tables)
         if step.decode is not None:
             self.decoding = list(step.decode)
-            for number in self.decoding:
-                self._sequence(number)
+            self._growing = [self._sequence(number).lengths for number in self.decoding]
         elif step.end:
             self.decoding = [number for number in self.decoding if number in self.sequences]
-        for number in self.decoding:
-            lengths = self.sequences[number].lengths
+            self._growing = [self.sequences[number].lengths for number in self.decoding]
+        for lengths in self._growing:
             for group in range(num_groups):
                 lengths[group] += 1
         for number, tokens, *one in step.len:
