@@ -73,7 +73,9 @@ class BlockStorage:
     beside `layer`.
 
     `mode` is how rows find their blocks: "paged" by block tables, which all kernels read. "virtual"
-    and "reserved" also offer rows as runs of memory (`open_rows`); see `kvpager.modes`.
+    and "reserved" also offer rows as runs of memory (`open_rows`); see `kvpager.modes`. On a GPU,
+    "virtual" needs the extra `kvpager[virtual]`, and blocks that fill at least 7/8 of their
+    pages of 2 MiB. The `ValueError` for other blocks names a `block_size` that does.
 
     Memory is not zeroed. On a CPU, pages never written take no memory (see `memory`). Numbers in
     slots that no query sees, NaNs included, never reach the output of a kernel.
