@@ -75,6 +75,15 @@ class Changes:
         self._tables: dict[int, Int32] = {}  # by row
         self._data = NO_BLOCKS  # of the block tables
 
+    def follow(self, state: BlockState) -> None:
+        """Look at another manager from now on; what the one before had is gone. O(sequences)."""
+        self._state = state
+        self._recent, self._version = None, (-1, -1)
+        # No generation is negative, so all sequences have ended.
+        self._live = {row: (-1, number) for row, (_, number) in self._live.items()}
+        self._lengths = self._starts = _NO_ROWS
+        self._tables, self._data = {}, NO_BLOCKS
+
     def number(self, sequence: SequenceHandle) -> int | None:
         """Return the number of a sequence that was live at the last look, or None. O(1)."""
         generation, number = self._live.get(sequence._row, (-1, -1))

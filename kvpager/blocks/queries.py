@@ -189,9 +189,15 @@ class Queries:
             statuses[: pool.num_reserved] = BlockStatus.RESERVED
             return statuses
 
-    def changes(self) -> Changes:
-        """Return a reader of what changes from one look to the next. O(1)."""
-        return Changes(self._state)
+    def changes(self, reader: Changes | None = None) -> Changes:
+        """Return a reader of what changes from one look to the next. O(1).
+
+        With `reader`, let that one look at this manager instead of its own. O(sequences).
+        """
+        if reader is None:
+            return Changes(self._state)
+        reader.follow(self._state)
+        return reader
 
     def stats(self) -> Stats:
         """See `BlockManager.stats`. O(blocks + sequences)."""

@@ -43,7 +43,9 @@ class Described(NamedTuple):
 class Requests(Protocol):
     """Requests that hold the sequences of a manager; `Progress` has those of a scheduler."""
 
-    def look(self, ended: Iterable[tuple[Hashable, Reason]]) -> RequestChanges:
+    def look(
+        self, ended: Iterable[tuple[Hashable, Reason]], changes: ManagerChanges
+    ) -> RequestChanges:
         """Return what changed since the last look; `ended` as in `StepPlan`."""
 
     def owners(self) -> dict[SequenceHandle, int]:
@@ -123,6 +125,13 @@ class Recorder:
             self._writer.give_up(repr(error))
         self._num_steps += 1
 
+    def follow(self, manager: BlockManager) -> None:
+        """Record another manager from the next step on, in place of one that is gone. O(1).
+
+        Its blocks must have as many slots, and it must have as many groups of layers.
+        """
+        manager.queries.changes(self._changes)
+
     def close(self) -> None:
         """Append the end, and close the file. Idempotent; see `RecordingWriter.close`."""
         self._writer.write(encoded({"closed": self._num_steps}))
@@ -173,7 +182,7 @@ class Recorder:
     ) -> None:
         requests, owners = self._requests, {}
         if requests is not None:
-            arrived, states = requests.look(() if plan is None else plan.ended)
+            arrived, states = requests.look(() if plan is None else plan.ended, changes)
             if arrived:
                 fields["new"] = arrived
             if states:

@@ -46,10 +46,13 @@ class Progress:
         self._held: list[RequestState] = []
         self._version = -1
 
-    def look(self, ended: Iterable[tuple[Hashable, Reason]]) -> RequestChanges:
+    def look(
+        self, ended: Iterable[tuple[Hashable, Reason]], changes: object = None
+    ) -> RequestChanges:
         """Return what changed; `ended` as in `StepPlan`. O(changes + preempted + held requests).
 
-        O(running requests) if the set of decoding sequences has changed.
+        O(running requests) if the set of decoding sequences has changed. `changes` of the manager
+        say nothing that the scheduler does not know.
         """
         states: list[tuple[int, str]] = []
         for request_id, reason in ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from os import PathLike
 
+from kvpager.blocks.changes import ManagerChanges
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.sequences import SequenceHandle
 from kvpager.plans import Reason
@@ -36,7 +37,9 @@ class TraceRecorder:
 
     # ---------------------------------------------------------------- what a recorder asks
 
-    def look(self, ended: Iterable[tuple[Hashable, Reason]]) -> RequestChanges:
+    def look(
+        self, ended: Iterable[tuple[Hashable, Reason]], changes: ManagerChanges
+    ) -> RequestChanges:
         """Return that the request before has ended, and that this one runs. O(1)."""
         states = [] if self._ended is None else [(self._ended, Reason.FINISHED.value)]
         self._ended = None

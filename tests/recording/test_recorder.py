@@ -156,3 +156,17 @@ def test_other_managers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="record: object cannot be recorded"):
         Recorder.open(tmp_path / "run.jsonl", object(), MANAGER)  # type: ignore[arg-type]
     assert not (tmp_path / "run.jsonl").exists()
+
+
+def test_another_manager_takes_the_place_of_one_that_is_gone() -> None:
+    first, second = BlockManager(16, 4), BlockManager(6, 4)
+    recorded = Recorded(first)
+    committed(first, [*range(12)])
+    first.allocate([*range(12), 7])
+    first.allocate(5)
+    recorded.step()
+    committed(second, [*range(8)])
+    second.allocate(9)
+    recorded.manager = second
+    recorded.recorder.follow(second)
+    assert recorded.step().end == (0, 1)

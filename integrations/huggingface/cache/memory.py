@@ -24,6 +24,7 @@ from kvpager.integrations.huggingface.cache.budget import Budget, LayerKind
 from kvpager.integrations.huggingface.cache.generate_calls import GenerateCall, GenerateCalls
 from kvpager.integrations.huggingface.cache.host_share import HostShare
 from kvpager.integrations.huggingface.cache.prompt import Namespaces
+from kvpager.integrations.huggingface.cache.recording import PoolRecorder
 
 logger = logging.getLogger("kvpager")
 
@@ -103,6 +104,7 @@ class PagedMemory:
         self.quotas = NamespaceQuotas(self._ceilings, lambda: self.lock)
         self.host = None if budget.host is None else PagedMemory(budget.host, device=self)
         self.share: HostShare | None = None  # of a host memory
+        self.recorder: PoolRecorder | None = None
 
     def options(self) -> str:
         """Return the options as arguments of `patch`, without defaults, for a `repr`. O(1)."""

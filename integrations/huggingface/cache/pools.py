@@ -221,6 +221,11 @@ class PagedPool:
             self.memory.note_peak()
         return step
 
+    def note_step(self) -> None:
+        """Record that rows of the pool got slots for a step, if the patch has a recorder."""
+        if self.memory.recorder is not None:
+            self.memory.recorder.step(self.manager)
+
     def write(self, place: Place, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write keys and values [tokens, heads, dim] of a layer to `slots`. O(tokens)."""
         storage, layer = place

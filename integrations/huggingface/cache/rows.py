@@ -146,6 +146,7 @@ class BatchRows:
             self._return_some()
         slots = waiting_for_room(self.pool, lambda: self._append_moving(counts, ids))
         self._note_room(counts, slots)
+        self.pool.note_step()
         return slots
 
     def _append_moving(self, counts: Int64, ids: list[Int32]) -> list[Int64]:
@@ -194,6 +195,7 @@ class BatchRows:
             return False
         self._room -= 1
         self._last_slots = self.pool.manager.append(self.partitions()[0].batch).slots
+        self.pool.note_step()
         return True
 
     # ---------------------------------------------------------------- moving

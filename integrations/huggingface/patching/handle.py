@@ -173,6 +173,9 @@ class Patch:
         if self.prompt_tiers is not None:
             self.prompt_tiers.close()
         self.memory.clear_prefix_cache()
+        if self.memory.recorder is not None:
+            with self.memory.lock:
+                self.memory.recorder.close()
 
     def __enter__(self) -> Patch:
         if not self.is_active:

@@ -31,6 +31,7 @@ Details of the arguments of `patch`:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -44,6 +45,7 @@ from kvpager.errors import KVPagerError
 from kvpager.integrations.huggingface.cache.budget import Budget
 from kvpager.integrations.huggingface.cache.memory import PagedMemory
 from kvpager.integrations.huggingface.cache.paged_cache import least_block_bytes
+from kvpager.integrations.huggingface.cache.recording import PoolRecorder
 from kvpager.integrations.huggingface.patching.handle import Patch, active, lock, uninterrupted
 from kvpager.integrations.huggingface.patching.prompt_stores import open_prompt_tiers
 from kvpager.integrations.huggingface.patching.replacements import install
@@ -51,6 +53,7 @@ from kvpager.integrations.huggingface.prefix.prompt_cache import PromptCache
 from kvpager.integrations.huggingface.releases import warn_if_untested
 from kvpager.integrations.huggingface.runner.wrappers import no_model
 from kvpager.modes import ModeName
+from kvpager.recording.recorder import Described
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
 from kvpager.storage.tiers.protocol import BlockStore
@@ -75,6 +78,7 @@ def patch(
     costs: PreemptionCosts | None = None,
     mode: ModeName = "paged",
     cross_stack: bool = False,
+    record: str | os.PathLike[str] | None = None,
 ) -> Patch:
     """Keep KV caches in shared blocks. Leaving `with`, or `undo()`, restores transformers exactly.
 
@@ -97,11 +101,13 @@ def patch(
         costs: with `tiers`, how long the model computes prompts; None measures it.
         mode: `"virtual"` maps blocks so that all attention code reads them without a gather.
         cross_stack: share `tiers` with other serving stacks, such as vLLM, after a self-test.
+        record: a file to note each step in, for `kvpager report` and `kvpager top`.
 
     Raises: `TypeError`, `ValueError`, `KVPagerError`; errors of a store. The model is as before.
     """
     settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
-    stores = EngineConfig.of(None, settings | {"costs": costs, "cross_stack": cross_stack})
+    settings |= {"costs": costs, "cross_stack": cross_stack, "record": record}
+    stores = EngineConfig.of(None, settings)
     warn_if_untested()
     dtype = _checked(model, dtype, prefix_cache, namespace, stores)
     budget = Budget(memory, block_size, kv_cache_dtype, host_memory, in_place=in_place, mode=mode)
@@ -120,6 +126,7 @@ def _begin(model: nn.Module | None, paged: PagedMemory, stores: EngineConfig) ->
     if prompts is not None and model is not None and stores.tiers:
         prompts.tiers = open_prompt_tiers(model, paged, prompts, stores)
     try:
+        paged.recorder = _recorder(model, paged, stores)
         with lock, uninterrupted:
             _refuse_second(model)
             if made.prompt_tiers is not None:
@@ -133,8 +140,29 @@ def _begin(model: nn.Module | None, paged: PagedMemory, stores: EngineConfig) ->
     except BaseException:
         if made.prompt_tiers is not None:
             made.prompt_tiers.close()
+        if paged.recorder is not None:
+            paged.recorder.close()
         raise
     return made
+
+
+def _recorder(
+    model: nn.Module | None, paged: PagedMemory, settings: EngineConfig
+) -> PoolRecorder | None:
+    """Open the file of `record`; None without one. Raises: `OSError`, `ValueError`."""
+    if settings.record is None:
+        return None
+    longest = None
+    if isinstance(model, PreTrainedModel):
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    described = Described(
+        source="patch",
+        mode=paged.budget.mode,
+        max_tokens=longest,
+        eviction=paged.eviction if isinstance(paged.eviction, str) else None,
+        model=None if model is None else type(model).__name__,
+    )
+    return PoolRecorder(settings.record, paged.budget.block_size, described, paged.calls)
 
 
 def _refuse_second(model: nn.Module | None) -> None:
