@@ -25,7 +25,7 @@ from benchmarks import timing
 from kvpager import Engine
 from kvpager.bench.models import default_model
 
-PROMPT, NEW = 128, 48
+PROMPT, NEW = 64, 24
 
 
 class Clock:
@@ -45,7 +45,7 @@ class Clock:
 def measure(model: Any, rows: int, seconds: float, folder: Path) -> dict[str, Any]:
     """Serve the same batch with and without a recording, in turns."""
     path = folder / "run.jsonl"
-    options: dict[str, Any] = {"memory": "256MiB", "prefix_cache": True}
+    options: dict[str, Any] = {"memory": "256MiB", "forward": "packed"}
     with Engine(model, record=path, **options) as recorded, Engine(model, **options) as plain:
         recorder = recorded._core._loop.recorder
         clock = Clock(recorder.step)
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each number of rows")
     arguments = parser.parse_args()
     timing.describe()
-    model = default_model()
+    model = default_model().float()
     with tempfile.TemporaryDirectory() as folder:
         for rows in arguments.rows:
             print(json.dumps(measure(model, rows, arguments.seconds, Path(folder))), flush=True)

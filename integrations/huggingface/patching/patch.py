@@ -106,8 +106,8 @@ def patch(
     Raises: `TypeError`, `ValueError`, `KVPagerError`; errors of a store. The model is as before.
     """
     settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
-    settings |= {"costs": costs, "cross_stack": cross_stack, "record": record}
-    stores = EngineConfig.of(None, settings)
+    others = {"costs": costs, "cross_stack": cross_stack, "record": record}
+    stores = EngineConfig.of(None, settings | others)
     warn_if_untested()
     dtype = _checked(model, dtype, prefix_cache, namespace, stores)
     budget = Budget(memory, block_size, kv_cache_dtype, host_memory, in_place=in_place, mode=mode)
