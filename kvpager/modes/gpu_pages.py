@@ -232,13 +232,13 @@ def _tear_down(
     if not device.is_of_this_process:
         return
     places = [place for place, memory in enumerate(mapped) if memory is not None]
+    if places:
+        device.wait()  # if it raises, all stays mapped: work may still read it
     with ExitStack() as last_first:  # goes on after an error, and raises it at the end
         last_first.callback(device.release, own)
         last_first.callback(device.free, address, num_bytes)
         for first, count in _runs(places):
             last_first.callback(device.unmap, address + first * page_bytes, count * page_bytes)
-        if places:
-            last_first.callback(device.wait)
 
 
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:

@@ -67,6 +67,12 @@ def shows(made: BlockStorage, rows: Any, row: int, blocks: list[int]) -> bool:
     )
 
 
+def forget_all(driver: FakeDriver) -> None:
+    """Forget what is left on purpose. It ends with the fake."""
+    for left in (driver.handles, driver.mappings, driver.ranges):
+        left.clear()
+
+
 def test_a_block_is_made_once_and_mapped_at_each_address_it_is_shown(gpu: FakeDevice) -> None:
     made = storage(3)
     assert gpu.driver.names()[1:] == [
@@ -208,6 +214,23 @@ def test_views_keep_their_memory_when_the_storage_is_gone(gpu: FakeDevice) -> No
     assert torch.equal(block, wanted)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_is_unmapped_if_the_end_of_work_cannot_be_awaited(
+    gpu: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = storage(3)
+    kept = gpu.driver.left()
+
+    def fail() -> None:
+        raise RuntimeError("a CUDA graph is captured")
+
+    monkeypatch.setattr(gpu, "wait", fail)
+    del made
+    gc.collect()
+    assert gpu.driver.left() == kept
+    forget_all(gpu.driver)
+
+
 def test_eight_bit_rows_have_their_scales(gpu: FakeDevice) -> None:
     made = storage(4, block_size=16, layers=[(1, 112, 112)], kv_cache_dtype="int8")
     for tensor in made.caches(0).tensors:
@@ -308,10 +331,7 @@ def test_a_forked_process_frees_nothing_of_its_parent(
     gc.collect()
     assert gpu.driver.left() == kept
     monkeypatch.undo()
-    # The parent still has them; here they only end with the fake.
-    gpu.driver.handles.clear()
-    gpu.driver.mappings.clear()
-    gpu.driver.ranges.clear()
+    forget_all(gpu.driver)
 
 
 def test_without_cuda_bindings_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
