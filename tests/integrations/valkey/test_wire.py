@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvpager.integrations.valkey.pool import WirePool
+from kvpager.integrations.valkey.sockets import PlainSocket
 from kvpager.integrations.valkey.wire import ProtocolError, ServerError, Value, Wire
 
 KEYS = [b"a", b"b"]
@@ -298,3 +300,42 @@ def test_a_forked_process_uses_none_of_its_parents_wires(
         pass
     assert len(peers.all) == 2
     assert not closed(peers.all[0]), "the parent goes on using it"
+
+
+class Connected:
+    """A TCP socket between two addresses."""
+
+    family = socket.AF_INET
+
+    def __init__(self, own: str, peer: str) -> None:
+        self.addresses, self.options = (own, peer), list[tuple[int, int]]()
+
+    def settimeout(self, seconds: float | None) -> None: ...
+
+    def getsockname(self) -> tuple[str, int]:
+        return self.addresses[0], 1
+
+    def getpeername(self) -> tuple[str, int]:
+        if not self.addresses[1]:
+            raise OSError(errno.ENOTCONN, "gone")
+        return self.addresses[1], 2
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        self.options.append((option, value))
+
+
+def test_the_send_buffer_is_chosen_for_a_server_of_this_machine_only() -> None:
+    ours, other = socket.socketpair()
+    with ours, other:
+        before = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        PlainSocket(ours)
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) != before
+    for own, peer, is_local in (
+        ("127.0.0.1", "127.0.0.1", True),
+        ("10.0.0.7", "10.0.0.7", True),
+        ("10.0.0.7", "10.0.0.8", False),  # the system chooses
+        ("10.0.0.7", "", False),
+    ):
+        connected = Connected(own, peer)
+        PlainSocket(connected)  # type: ignore[arg-type]
+        assert connected.options == [(socket.SO_SNDBUF, 256 << 10)] * is_local
