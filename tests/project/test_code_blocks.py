@@ -25,7 +25,7 @@ NOT_TESTED = {
     ("docs/guides/recordings.md", "needs an engine"): 1,
     ("docs/guides/serving.md", "needs a network"): 1,
     ("docs/guides/serving.md", "opens a port"): 1,
-    ("docs/guides/throughput.md", "takes minutes"): 2,
+    ("docs/guides/throughput.md", "takes minutes"): 3,
     ("docs/guides/tiers.md", "needs your stores"): 1,
     ("docs/models.md", "takes hours"): 1,
     ("docs/sglang.md", "needs SGLang"): 2,
