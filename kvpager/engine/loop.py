@@ -166,10 +166,10 @@ class Loop:
             self._guard.catch_up()
         fetching = self._fetching
         plan = self.scheduler.plan(() if fetching is None else fetching.take_transfers())
+        if self.recorder is not None:
+            self.recorder.step(plan, is_needed=plan is not None)
         if plan is None:
             return None
-        if self.recorder is not None:
-            self.recorder.step(plan)
         for sample in plan.freed.tolist():
             self._samples.pop(sample, None)
         for request_id, reason in plan.ended:

@@ -112,18 +112,21 @@ class Recorder:
         )
         return cls(RecordingWriter(path, header), manager, requests, tiers)
 
-    def step(self, plan: StepPlan | None = None) -> None:
+    def step(self, plan: StepPlan | None = None, *, is_needed: bool = True) -> None:
         """Append a line for a step that was planned, or for any moment. O(changes), mostly.
 
-        See `Changes.look`. Never raises: after an error it records nothing more.
+        Unless `is_needed`, only if there is news. See `Changes.look`. Never raises: after an error
+        it records nothing more.
         """
         if not self._writer.is_open:
             return
         try:
-            self._writer.write(encoded(self._fields(plan)))
+            fields = self._fields(plan)
+            if is_needed or len(fields) > 2:  # more than a number and a time
+                self._writer.write(encoded(fields))
+                self._num_steps += 1
         except Exception as error:
             self._writer.give_up(repr(error))
-        self._num_steps += 1
 
     def follow(self, manager: BlockManager) -> None:
         """Record another manager from the next step on, in place of one that is gone. O(1).
@@ -133,7 +136,9 @@ class Recorder:
         manager.queries.changes(self._changes)
 
     def close(self) -> None:
-        """Append the end, and close the file. Idempotent; see `RecordingWriter.close`."""
+        """Append the last news and the end, and close the file. See `RecordingWriter.close`."""
+        self._tiers_due = 0.0
+        self.step(is_needed=False)
         self._writer.write(encoded({"closed": self._num_steps}))
         self._writer.close()
 

@@ -32,7 +32,6 @@ class TraceRecorder:
 
     def close(self) -> None:
         """Record the end of the last request, and close the file."""
-        self._recorder.step()
         self._recorder.close()
 
     # ---------------------------------------------------------------- what a recorder asks

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from kvpager.recording.reader import Recording
 from kvpager.recording.replay import ReplayedState
 from kvpager.scheduling.preemption import PreemptionCosts
 from tests.support.toy_runner import ToyEngine, expected
+from tests.support.toy_tiers import PROMPT, TieredEngine, store_with_the_prompt
 
 ALWAYS_SWAP = PreemptionCosts(seconds_per_token=1.0, seconds_per_block=0.0)
 
@@ -108,6 +111,36 @@ def test_a_cancelled_and_a_failed_request_end_so(tmp_path: Path) -> None:
         engine.check_idle()
     ends = {number: states[-1] for number, states in lives(replayed(path)[0]).items()}
     assert ends == {0: "cancelled", 1: "failed", 2: "finished"}
+
+
+def test_a_prompt_is_fetched_before_it_runs(tmp_path: Path) -> None:
+    path, filled, looked = tmp_path / "run.jsonl", store_with_the_prompt(), threading.Event()
+    load = filled.load
+
+    def load_after_a_look(*arguments: Any) -> Any:
+        assert looked.wait(30)
+        return load(*arguments)
+
+    filled.load = load_after_a_look  # type: ignore[method-assign]
+    with TieredEngine([filled], core={"record": Record(path)}) as engine:
+        recorder = engine._loop.recorder
+        assert recorder is not None
+        write = recorder._writer.write
+
+        def watch(line: bytes) -> None:
+            write(line)
+            if b'"fetching"' in line:
+                looked.set()
+
+        recorder._writer.write = watch  # type: ignore[method-assign]
+        engine.ask(PROMPT).result(60)
+        engine.saved()
+        engine.check_idle()
+    steps, state = replayed(path)
+    assert lives(steps)[0] == ["fetching", "running", "finished"]
+    assert Recording(path).header.tiers == ("dict",)
+    assert state.tiers[0].blocks == 11
+    assert max(cached for step in steps for _, _, cached in step.begin) == 36
 
 
 def test_a_recorder_that_fails_costs_no_request(

@@ -48,7 +48,6 @@ class PoolRecorder:
         """Record what is left, and close the file. Idempotent."""
         if self._manager is None or self._manager() is None:
             self._recorder.follow(self._nothing)
-        self._recorder.step()
         self._recorder.close()
 
 
