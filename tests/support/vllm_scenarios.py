@@ -47,6 +47,7 @@ class Driver:
         *,
         max_len: int = 2048,
         block_size: int = 32,
+        dtype: str = "float32",
         **settings: Any,
     ) -> None:
         from vllm import LLM
@@ -56,7 +57,7 @@ class Driver:
         self.llm = LLM(
             model,
             skip_tokenizer_init=True,
-            dtype="float32",
+            dtype=dtype,
             max_model_len=max_len,
             enforce_eager=True,
             block_size=self.block_size,

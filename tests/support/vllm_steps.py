@@ -260,7 +260,10 @@ class Engine:
         self.end(self.execute(planned, scheduled), scheduled)
 
     def serve(self, tokens: Sequence[int], *, step_tokens: int = 1000, **settings: Any) -> int:
-        """Run a request from its arrival to its end. Returns the tokens that were loaded."""
+        """Run a request from its arrival to its end, saves included.
+
+        Returns the tokens that were loaded.
+        """
         request = self.arrive(tokens, **settings)
         while (found := self.match(request)) is None:
             self.step()
@@ -269,6 +272,7 @@ class Engine:
         while left := request.num_tokens - request.num_computed_tokens:
             self.step((request, min(left, step_tokens)))
         self.finish(request)
+        self.settle()
         return found
 
     def lose(self, request: Request, group: int, chunks: Iterable[int]) -> None:

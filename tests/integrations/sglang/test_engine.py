@@ -81,6 +81,7 @@ def check(answers: dict[str, Any], alone: dict[str, Any], seen: dict[str, Any]) 
 def check_hits(answers: dict[str, Any]) -> None:
     assert cached(answers, "reset") == [[0, 0, 0], [PREFIX, 0, 0], [0, 0, PREFIX]]
     assert cached(answers, "salts") == [[0, 0, 0], [0, 0, 0], [0, 0, PREFIX]]
+    assert cached(answers, "aborts") == [[0, 0, 0], [0, 0, WHOLE]]
     new, pushed_out = cached(answers, "overflow")
     assert new == [0, 0, 0]
     assert pushed_out[2] > 0
@@ -104,6 +105,16 @@ def test_tokens_and_bytes_with_a_disk(model: Path, alone: dict[str, Any], folder
     answers, seen = offloaded(model, folder / "seen", **disk(folder))
     check(answers, alone, seen)
     check_hits(answers)
+
+
+def test_sliding_windows_change_no_token(model: Path, tmp_path: Path) -> None:
+    """SGLang keeps all layers of a gemma 3 in one pool, whatever they see."""
+    from tests.support.vllm_models import save_model
+
+    gemma, only = save_model("gemma", model.parent), ("--only", "reset")
+    answers, seen = offloaded(gemma, tmp_path / "seen", *only, **disk(tmp_path))
+    check(answers, run(gemma, *only), seen)
+    assert cached(answers, "reset") == [[0, 0, 0], [PREFIX, 0, 0], [0, 0, PREFIX]]
 
 
 def test_a_prompt_is_found_on_disk_after_a_restart(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.valkey_servers import Server, valkey
 from tests.support.vllm_runs import Served, cached, check, offloaded, refused, run, tokens
@@ -19,6 +20,8 @@ pytestmark = [
 ]
 _LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 ADAPTERS = ["--engine", json.dumps(_LORA), "--scenarios", "adapters"]
+# Also on a CPU with AMX, the backend of vLLM that has no prefix cache for latent attention.
+LATENT = json.dumps({"attention_config": {"backend": "CPU_MLA"}})
 BELOW = "salts_in_stores,stages"
 both = pytest.mark.parametrize("synchronous", [False, True], ids=["offload", "connector"])
 
@@ -61,12 +64,16 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, server: Server) -> str
 # ---------------------------------------------------------------- salts and aborts
 
 
-def test_salts_and_aborts_over_a_store(models: Path, alone: dict[str, Any], store: str) -> None:
+@both
+def test_salts_and_aborts_over_a_store(
+    models: Path, alone: dict[str, Any], store: str, synchronous: bool
+) -> None:
     found = offloaded(
         models / "llama",
         *("--scenarios", BELOW),
         host_memory="128MiB",
         tiers=[store],
+        synchronous=synchronous,
     )
     check(found, alone, at_least=40)
     assert cached(found["answers"], "salts_in_stores") == [0, 0, 576]
@@ -121,8 +128,7 @@ def test_adapters_find_their_own_prompts_only(
     ("model", "message", "settings"),
     [
         ("mamba", "layers of vLLM's kind MambaSpec", []),
-        # vLLM has no prefix cache for latent attention on a CPU without AMX.
-        ("deepseek", "enable_prefix_caching=False", ["--block-size", "16"]),
+        ("deepseek", "enable_prefix_caching=False", ["--block-size", "16", "--engine", LATENT]),
     ],
 )
 def test_a_model_that_cannot_be_served_is_one_error_at_the_start(
@@ -132,6 +138,25 @@ def test_a_model_that_cannot_be_served_is_one_error_at_the_start(
     named = [line for line in errors.splitlines() if "NotImplementedError: " in line]
     assert message in named[0]
     assert len(set(named)) == 1
+
+
+@both
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
+def test_latent_attention_on_matrix_units_loads_what_was_saved(
+    models: Path, synchronous: bool
+) -> None:
+    """vLLM runs it in bfloat16 only, in which rounding changes tokens: bytes are compared."""
+    found = offloaded(
+        models / "deepseek",
+        *("--engine", '{"dtype": "bfloat16"}', "--scenarios", "cold_warm_reset,salts"),
+        host_memory="64MiB",
+        synchronous=synchronous,
+    )
+    assert found["compared"] >= 50
+    assert found["wrong"] == []
+    assert (found["host"][0]["pinned"], found["host"][0]["writing"]) == (0, 0)
+    assert cached(found["answers"], "cold_warm_reset") == [0, 1024, 1024]
+    assert cached(found["answers"], "salts") == [0, 0, 576]
 
 
 # ---------------------------------------------------------------- several engines
