@@ -70,15 +70,15 @@ struct Plan {
     int64_t partial_queries = 0;
 };
 
-template <Arithmetic arithmetic>
-constexpr Share SHARE = arithmetic == BF16_DOTS ? MATRIX_SHARE : PREFILL_SHARE;
+template <Arithmetic arithmetic> Share share_of_row() {
+    return arithmetic == BF16_DOTS && has_matrix_units() ? MATRIX_SHARE : PREFILL_SHARE;
+}
 
 // True if the row's queries are attended by tasks of one kv head: `matrix.h`, or else `prefill.h`.
 template <class T, Arithmetic arithmetic>
 bool has_own_tasks(const AttentionArguments& a, int64_t row) {
     if (arithmetic == IN_INT16 || sizeof(T) == 1 || a.mask) return false;
-    if (arithmetic == BF16_DOTS && !has_matrix_units()) return false;
-    return a.queries_of(row) * (a.query_heads / a.kv_heads) >= SHARE<arithmetic>.least;
+    return a.queries_of(row) * (a.query_heads / a.kv_heads) >= share_of_row<arithmetic>().least;
 }
 
 template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a) {
@@ -86,7 +86,7 @@ template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a)
     int64_t heads_per_kv = a.query_heads / a.kv_heads;
     int64_t few = std::max<int64_t>(1, QUERIES / heads_per_kv), total = 0;
     auto chunk_of = [&](int64_t row, bool own) {
-        return own ? queries_per_task(a, SHARE<arithmetic>, a.queries_of(row)) : few;
+        return own ? queries_per_task(a, share_of_row<arithmetic>(), a.queries_of(row)) : few;
     };
     for (int64_t row = 0; row < a.rows; row++) {
         int64_t chunk = chunk_of(row, has_own_tasks<T, arithmetic>(a, row));
@@ -128,12 +128,13 @@ template <class T, Arithmetic arithmetic> Plan plan(const AttentionArguments& a)
 template <class T, Arithmetic arithmetic>
 void attend_one_head(const AttentionArguments& a, const Task& task, const T* zeros) {
 #if HAS_MATRIX_UNITS
-    if constexpr (arithmetic == BF16_DOTS) {
-        static thread_local MatrixScratch scratch;
-        MatrixWorker{a, task, scratch, zeros}.run();
-    }
+    if constexpr (arithmetic == BF16_DOTS)
+        if (has_matrix_units()) {
+            static thread_local MatrixScratch scratch;
+            return MatrixWorker{a, task, scratch, zeros}.run();
+        }
 #endif
-    if constexpr (arithmetic == IN_FLOATS && sizeof(T) > 1) {
+    if constexpr (sizeof(T) > 1) {
         static thread_local PrefillScratch scratch;
         PrefillWorker<T>{a, task, scratch, zeros}.run();
     }
