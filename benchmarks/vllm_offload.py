@@ -8,8 +8,9 @@ Engines of a small llama in float32 take turns, each in a process of its own, on
 
 `first_token`: a prompt of 2,048 tokens was computed before, and has left the device. `cold`: a
 prompt that is new, and 16 tokens. `disk`, `valkey`: the first token of a prompt that another
-process computed and stored. `cpu` is user and system time of the process, `wall` is elapsed time.
-`of_without` divides by the time of vLLM alone, the median over the turns.
+process computed and stored. `transformers`: the same, on disk, computed by transformers in
+kvpager's `Engine`, and loaded with `cross_stack`. `cpu` is user and system time of the process,
+`wall` is elapsed time. `of_without` divides by the time of vLLM alone, the median over the turns.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ MODEL = {
     "tie_word_embeddings": False,
 }
 MODES = ("without", "offload", "connector")
-KINDS = ("first_token", "cold", "disk", "valkey")
+SHARED = "cross_stack"  # the connector, with the blocks of transformers
+KINDS = ("first_token", "cold", "disk", "valkey", "transformers")
+BLOCK_SIZE = 32  # of `Driver`
 
 
 def save_model(folder: str) -> None:
@@ -64,17 +67,22 @@ def serve(model: str, mode: str, tiers: list[str]) -> None:
     if mode != "without":
         from kvpager.integrations.vllm import offload
 
+        shared = {"cross_stack": True, "model_id": "m"} if mode == SHARED else {}
         settings["kv_transfer_config"] = offload(
-            HOST_MEMORY, tiers=tiers, synchronous=mode == "connector"
+            HOST_MEMORY, tiers=tiers, synchronous=mode != "offload", **shared
         )
     driver = Driver(model, 300, max_len=4096, **settings)
+    if mode == SHARED:
+        from kvpager.integrations.vllm import run_probe
+
+        run_probe(driver.llm)
     prefix = tokens(1, PREFIX)
     driver.ask([prefix + tokens(2, 40)], 1)
     print("ready", flush=True)
     for line in sys.stdin:
         kind, number = line.split()
         driver.forget()
-        seed = 10_000 * KINDS.index(kind) + int(number)
+        seed = seed_of(kind, int(number))
         prompt = prefix if kind == "first_token" else tokens(seed, PREFIX)
         prompt = prompt + tokens(seed + 1000 * os.getpid(), 40)  # new in each process
         wall, cpu = time.perf_counter(), time.process_time()
@@ -83,6 +91,10 @@ def serve(model: str, mode: str, tiers: list[str]) -> None:
         print(json.dumps(seconds | {"cached": answer["cached"][0]}), flush=True)
     driver.settle()
     driver.llm.llm_engine.engine_core.shutdown()
+
+
+def seed_of(kind: str, turn: int) -> int:
+    return 10_000 * KINDS.index(kind) + turn
 
 
 class Engine:
@@ -138,6 +150,23 @@ def measure_store(model: str, kind: str, url: str, without: Engine, repeats: int
         reader.close()
 
 
+def measure_transformers(model: str, url: str, without: Engine, repeats: int) -> None:
+    """Compute prompts with transformers, then read them in vLLM."""
+    from transformers import AutoModelForCausalLM
+
+    import kvpager
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    settings = {"model_id": "m", "cross_stack": True, "block_size": BLOCK_SIZE}
+    with kvpager.Engine(loaded, memory="256MiB", tiers=url, **settings) as engine:
+        for turn in range(repeats + 1):
+            prompt = tokens(seed_of("transformers", turn), PREFIX)
+            engine.submit([*prompt, 3], max_new_tokens=1).result()
+    reader = Engine(model, SHARED, [url])
+    measure({"without": without, SHARED: reader}, "transformers", repeats)
+    reader.close()
+
+
 def add(name: str, value: float, unit: str) -> None:
     print(json.dumps({"name": name, "value": round(value, 4), "unit": unit}), flush=True)
 
@@ -161,6 +190,9 @@ def run(folder: Path, kinds: Sequence[str], repeats: int) -> None:
         server = valkey(folder)
         measure_store(model, "valkey", server.url, engines["without"], repeats)
         server.stop()
+    if "transformers" in kinds:
+        url = f"disk:{folder / 'shared'}?capacity=2GiB&admit=always"
+        measure_transformers(model, url, engines["without"], repeats)
     engines["without"].close()
 
 
@@ -168,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--kinds", default=",".join(KINDS), help="figures, separated by commas")
-    parser.add_argument("--serve", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=(*MODES, SHARED), help=argparse.SUPPRESS)
     parser.add_argument("model", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("tiers", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()

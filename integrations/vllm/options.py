@@ -9,7 +9,8 @@ from typing import Any
 from kvpager import _validate as arguments
 from kvpager.blocks.policies import make_policy
 from kvpager.integrations.vllm.interface import KVTransferConfig
-from kvpager.storage.tiers.urls import are_private, checked_tiers
+from kvpager.storage.tiers.agreement import check_shared
+from kvpager.storage.tiers.urls import checked_tiers
 
 # vLLM's own settings of its OffloadingConnector that kvpager passes on.
 _PASSED = frozenset(
@@ -56,17 +57,8 @@ class Options:
         arguments.label("model_id", model_id)
         options = cls(num_bytes, tiers, eviction, model_id, ours.get("cross_stack", False))
         if arguments.flag("cross_stack", options.cross_stack):
-            options._check_cross_stack()
+            check_shared(tiers, model_id)
         return options
-
-    def _check_cross_stack(self) -> None:
-        if are_private(self.tiers):
-            raise ValueError(
-                "cross_stack: no other process reads the tiers. Pass tiers= with a store that both "
-                'stacks use, such as "valkey://cache:6379".'
-            )
-        if self.model_id is None:
-            raise ValueError("cross_stack: stacks know a model by its name. Pass model_id=.")
 
 
 def offload(

@@ -15,6 +15,7 @@ from kvpager.kv_events.settings import KVEvents
 from kvpager.modes import ModeName, mode_named
 from kvpager.scheduling.preemption import PreemptionCosts
 from kvpager.storage.layout import KVCacheDtype
+from kvpager.storage.tiers.agreement import check_shared
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Seal
 from kvpager.storage.tiers.urls import are_private, checked_tiers
@@ -147,18 +148,9 @@ class EngineConfig:
             if not self.tiers and getattr(self, name) is not None:
                 raise ValueError(f"{name}: of use with tiers only. Pass tiers=, or leave it out.")
         if arguments.flag("cross_stack", self.cross_stack):
-            self._check_cross_stack()
-
-    def _check_cross_stack(self) -> None:
-        if are_private(self._stores):
-            raise ValueError(
-                "cross_stack: no other process reads the tiers. Pass tiers= with a store that both "
-                'stacks use, such as "valkey://cache:6379".'
-            )
-        if self.model_id is None:
-            raise ValueError("cross_stack: stacks know a model by its name. Pass model_id=.")
-        if self.seal is not None:
-            raise ValueError("cross_stack: other stacks have no seal. Leave out seal=.")
+            check_shared(self._stores, self.model_id)
+            if self.seal is not None:
+                raise ValueError("cross_stack: other stacks have no seal. Leave out seal=.")
 
     def _check_role(self) -> None:
         role, roles = self.role, get_args(Role)

@@ -30,6 +30,7 @@ from kvpager.storage.tiers.asking import outcomes_of
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 from kvpager.storage.tiers.seals import Digest, namespace_secret
+from kvpager.storage.tiers.urls import are_private
 
 logger = logging.getLogger("kvpager")
 
@@ -152,6 +153,17 @@ def probe_prompt() -> Int32:
     """Return the token ids of the probe, int32 [512]: all from 3 to 66. O(tokens)."""
     steps = np.arange(PROBE_TOKENS, dtype=np.int64)
     return (3 + (steps * steps * 7 + steps // 8) % 64).astype(np.int32)
+
+
+def check_shared(tiers: Sequence[str | BlockStore], model_id: str | None) -> None:
+    """Raise `ValueError` unless other stacks can read the stores and know the model. O(tiers)."""
+    if are_private(tiers):
+        raise ValueError(
+            "cross_stack: no other process reads the tiers. Pass tiers= with a store that both "
+            'stacks use, such as "valkey://cache:6379".'
+        )
+    if model_id is None:
+        raise ValueError("cross_stack: stacks know a model by its name. Pass model_id=.")
 
 
 def rope_obstacle(config: Any) -> str | None:
