@@ -89,7 +89,8 @@ def _obstacle(config: OffloadingConfig, vllm_config: Any, kv_cache_config: Any) 
     for spec in _specs(kv_cache_config):
         if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
             return "it has layers without full attention"
-    layers = [int(re.findall(r"\d+", name)[0]) for name in config.groups[0].layer_names]
+    numbers = [re.findall(r"\d+", name) for name in config.groups[0].layer_names]
+    layers = [list(map(int, each)) for each in numbers]
     if layers != sorted(layers):
         return "its layers are not in order"
     if config.enable_kv_cache_events:

@@ -45,16 +45,20 @@ def page_orders(
     keep each number of a block once in its page.
     """
     [group] = kv_cache_config.kv_cache_groups
-    context, orders = vllm_config.compilation_config.static_forward_context, []
+    context = vllm_config.compilation_config.static_forward_context
+    orders = list[PageOrder]()
     for name, shape in zip(group.layer_names, common.layers, strict=True):
         layer, its_pages = context[name], pages[name]
         write = partial(layer.impl.do_kv_cache_update, layer)
         try:
             if len(its_pages) != kv_cache_config.num_blocks:
                 raise ValueError("its blocks are divided into smaller pages")
-            orders.append(page_order(write, its_pages, vllm_config.cache_config.block_size, shape))
+            order = page_order(write, its_pages, vllm_config.cache_config.block_size, shape)
         except ValueError as error:
             raise NotImplementedError(f"cross_stack: {name}: {error}") from None
+        # Layers that are alike share one order, which is larger than a page.
+        is_like_last = bool(orders) and all(map(np.array_equal, order, orders[-1]))
+        orders.append(orders[-1] if is_like_last else order)
     return orders
 
 

@@ -247,6 +247,8 @@ def test_the_last_store_has_the_reference_and_others_get_it() -> None:
     both = agree([near, far], COMMON, "m", blocks_of(slight))
     assert both.model == first.model
     empty = store_of()
+    agree([empty, far], COMMON, "m", blocks_of(numbers(seed=1)))
+    assert not empty.blocks  # a stack that differs gives it to none
     agree([empty, far], COMMON, "m", blocks_of(slight))
     assert empty.blocks == far.blocks
 
