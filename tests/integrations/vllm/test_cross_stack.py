@@ -154,10 +154,12 @@ def test_before_the_probe_nothing_is_read_or_saved(
     keys = keys_of(join(store))
     store.save(keys, [memoryview(block) for block in computed(PROMPT, 32)], 0)
     before = store.num_loads, store.num_saves
+    asked = list[Any]()
+    store.find = lambda keys: asked.append(keys) or 0  # type: ignore[method-assign]
     engine = make(store, probe=False)
     assert engine.serve(PROMPT) == 0
     engine.settle()
-    assert (store.num_loads, store.num_saves) == before
+    assert (store.num_loads, store.num_saves, asked) == (*before, [])
     assert "nothing is shared before" in caplog.text
 
 
@@ -255,10 +257,18 @@ def test_engines_that_cannot_share_are_refused(settings: Any, why: str) -> None:
         cross_stack.common_layout_of(*configs(**settings))
 
 
-def test_latent_attention_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("MLAAttentionSpec", {}),
+        ("FullAttentionSpec", {"sliding_window": 128}),  # as vLLM keeps windows without its hybrid
+        ("FullAttentionSpec", {"attention_chunk_size": 128}),
+    ],
+)
+def test_other_kinds_of_attention_are_refused(kind: str, part: Any) -> None:
     given = configs()
-    spec = object.__new__(interface.MLAAttentionSpec)
-    spec.__dict__.update(sliding_window=None, **SHAPE)
+    spec = object.__new__(getattr(interface, kind))
+    spec.__dict__.update({"sliding_window": None, **SHAPE, **part})
     given[2].kv_cache_groups[0].kv_cache_spec = spec
     with pytest.raises(NotImplementedError, match="without full attention"):
         cross_stack.common_layout_of(*given)

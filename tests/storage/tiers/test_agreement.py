@@ -221,6 +221,33 @@ def test_a_lost_reference_never_mixes_stacks_that_differ() -> None:
     assert join(store, numbers()).model == first.model
 
 
+def test_a_reference_that_lost_a_block_is_completed() -> None:
+    store, slight = store_of(), [part * (1 + 5e-5) for part in numbers()]
+    join(store, numbers())
+    lost = list(store.blocks)[3]
+    store.drop([lost])
+    joined = join(store, slight)
+    assert joined.is_shared
+    assert joined.model == join(store, numbers()).model
+    assert store.blocks[lost] == bytes(blocks_of(slight)[3])
+
+
+class Hesitant(DictStore):
+    """Admits what is offered twice, like a disk without room."""
+
+    def save(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
+    ) -> Outcomes:
+        self.answer = Saved.SAVED if self.num_saves else Saved.REFUSED
+        return super().save(keys, blocks, deadline)
+
+
+def test_a_store_that_admits_second_offers_keeps_the_reference() -> None:
+    store = Hesitant(COMMON.layout.block_bytes)
+    join(store, numbers())
+    assert len(store.blocks) == COUNT
+
+
 class Overtaken(DictStore):
     """Gets the probe of another stack while this one computes."""
 
