@@ -1,7 +1,7 @@
 """Rows over pages of a GPU: the order of the driver's calls, and what is left when they fail.
 
 `FakeDriver` refuses what a driver refuses, and maps memory of the host. So contents are compared,
-and touching what is not mapped ends the process. The tests marked gpu use a GPU.
+and touching what is not mapped ends the process. `test_gpu.py` has the tests that need a GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from kvpager.testing.simulator import simulate
 from tests.support.fake_cuda import PAGE, CUresult, FakeDevice, FakeDriver
 from tests.support.row_memory import RowMemory
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+
 LAYERS = [(2, 32, 32), (4, 16, 16)]  # 1 KiB per token: four tokens are a page
-BLOCK = "cuMemCreate", PAGE
 
 
 @pytest.fixture
@@ -314,9 +315,7 @@ def test_a_forked_process_is_told_and_calls_no_driver(
     monkeypatch.setattr(cuda_device.os, "getpid", lambda: parent + 1)
     with pytest.raises(RuntimeError, match="a forked process cannot use the GPU memory of its par"):
         rows.follow(array(0), array([1]))
-    child = storage, [made, rows]
-    monkeypatch.setattr(cuda_device.os, "getpid", lambda: parent)
-    del child, made, rows
+    monkeypatch.undo()
 
 
 def test_a_forked_process_frees_nothing_of_its_parent(
