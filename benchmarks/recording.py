@@ -34,10 +34,10 @@ class Clock:
     def __init__(self, function: Any) -> None:
         self.function, self.seconds = function, 0.0
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         try:
-            return self.function(*arguments)
+            return self.function(*arguments, **options)
         finally:
             self.seconds += time.perf_counter() - start
 
