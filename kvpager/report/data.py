@@ -57,6 +57,7 @@ def _header(run: Run, noun: str) -> dict[str, Any]:
         "blockSize": header.block_size,
         "blockBytes": header.block_bytes,
         "numBlocks": grid.num_blocks,
+        "grew": any(each.num_blocks != grid.num_blocks for each in run.moments),
         "firstBlock": header.num_reserved,
         "cellBlocks": grid.cell_blocks,
         "numCells": grid.num_cells,

@@ -225,7 +225,7 @@ def test_null_block_is_not_on_the_map(tmp_path: Path) -> None:
 def test_a_pool_that_grows_is_drawn_at_its_largest(tmp_path: Path) -> None:
     file = recorded(tmp_path / "r.jsonl", {}, {"num_blocks": 12}, {"num_blocks": 10})
     run, _ = unpacked(report(file))
-    assert run["numBlocks"] == 12
+    assert (run["numBlocks"], run["grew"]) == (12, True)
     assert run["frames"]["cells"] == [8, 12, 10]
 
 

@@ -168,7 +168,7 @@ function trafficCharts(run, root, go) {
     charts.push(chart);
   }
   document.getElementById("tiers-note").textContent = charts.length
-    ? "Bars above the line are blocks that came to the device, bars below are blocks that left it."
+    ? "Bars above a line came to the device, bars below it left the device."
     : "Nothing was swapped, and the run had no tiers: all blocks stayed on the device.";
   root.hidden = !charts.length;
   return charts;

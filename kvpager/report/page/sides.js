@@ -114,12 +114,13 @@ function showHeadline(run, frame) {
     `kvpager ${run.version}`, { engine: "engine", patch: "patched model", simulate: "simulation", manager: "block manager" }[run.source], run.model, run.mode === "paged" ? null : `mode ${run.mode}`,
   ].filter(Boolean).join(" · ");
   const most = `At its busiest, paging runs ${counted(paged.running, noun)} at once.`;
-  const other = reserved.running < paged.running
+  const other = !run.reserved.regions ? " One reserved region would not fit into this memory."
+    : reserved.running < paged.running
     ? ` Reserving has room for ${whole(reserved.running)}.`
     : " So does reserving, and keeps more memory empty.";
   document.getElementById("headline").textContent = most + (paged.running ? other : "");
   document.getElementById("lead").textContent =
-    `Both have the same memory: ${counted(run.numBlocks, "block")} of ${counted(run.blockSize, "token")}${run.blockBytes ? ` (${bytes(run.numBlocks * run.blockBytes)})` : ""}. ` +
+    `Both have the same memory: ${counted(run.numBlocks, "block")} of ${counted(run.blockSize, "token")}${run.blockBytes ? ` (${bytes(run.numBlocks * run.blockBytes)})` : ""}${run.grew ? ", the pool at its largest" : ""}. ` +
     `Reserving sets aside room for the longest possible text, ${whole(run.reserved.maxTokens)} tokens, for every ${noun}. Paging hands out blocks as tokens come, and stores once what prompts share.`;
   document.getElementById("compare-note").textContent =
     `Move the slider below, or press play. On the left, a ${noun} with a region is as far as it is on the right.` +
