@@ -113,6 +113,17 @@ def test_a_cancelled_and_a_failed_request_end_so(tmp_path: Path) -> None:
     assert ends == {0: "cancelled", 1: "failed", 2: "finished"}
 
 
+def test_a_cached_prompt_computes_its_last_token_as_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    with ToyEngine(core={"record": Record(path)}) as engine:
+        for _ in range(2):
+            engine.ask([*range(8)], 1).result(60)
+        engine.check_idle()
+    steps, _ = replayed(path)
+    parts = [part for step in steps for part in step.prefill]
+    assert parts == [(0, 0, 8), (1, 7, 1), (2, 0, 1)]
+
+
 def test_a_prompt_is_fetched_before_it_runs(tmp_path: Path) -> None:
     path, filled, looked = tmp_path / "run.jsonl", store_with_the_prompt(), threading.Event()
     load = filled.load

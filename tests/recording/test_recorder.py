@@ -44,6 +44,17 @@ def test_a_step_without_changes_has_a_number_and_a_time_only() -> None:
     assert set(json.loads(recorded.lines.lines[-1])) == {"step", "t"}
 
 
+def test_a_look_between_steps_adds_a_line_only_for_news() -> None:
+    manager = BlockManager(16, 4)
+    recorded = Recorded(manager)
+    recorded.step()
+    recorded.recorder.step(is_needed=False)
+    assert len(recorded.lines.lines) == 1
+    manager.allocate(3)
+    recorded.recorder.step(is_needed=False)
+    assert len(recorded.lines.lines) == 2
+
+
 def test_a_sequence_that_goes_on_growing_is_listed_once() -> None:
     manager = BlockManager(16, 4)
     sequence = manager.allocate(3)
