@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvpager.top.view import View
+
+    Show = Callable[[View], None]
 
 _FRAME_S = 0.2
 _SCRAPE_S = 1.0
@@ -64,62 +66,80 @@ def top(
     if follow and once:
         raise BadInput("--follow: conflicts with --once. Give one of the two.")
     console = Console(highlight=False)
-    is_url = "://" in source
-    if is_url:
-        views = _scraped(source, prefix)
-    else:
-        views = _recorded(source, console, once, follow, speed)
+
+    def run(show: Show) -> None:
+        if "://" in source:
+            _scrape(source, prefix, show, once=once)
+        elif follow:
+            _follow(source, console, show)
+        else:
+            _play(source, console, show, None if once else speed)
+
     if once:
-        for view in views:
-            console.print(drawn(view, console.width))
-            return
+        run(lambda view: console.print(drawn(view, console.width)))
+        return
     with Live(console=console, auto_refresh=False) as live:
-        for view in views:
-            live.update(drawn(view, console.width), refresh=True)
+        run(lambda view: live.update(drawn(view, console.width), refresh=True))
 
 
-def _scraped(url: str, prefix: str) -> Iterator[View]:
-    """Yield a view each second."""
+def _scrape(url: str, prefix: str, show: Show, *, once: bool) -> None:
+    """Show an engine each second."""
     from kvpager.top.scraped import Scraper
 
     with wrong_usage():
         scraper = Scraper(url, prefix)
     while True:
         try:
-            yield scraper.view()
+            show(scraper.view())
         except ValueError as error:
             raise BadInput(f"{url}: {error}") from None
+        if once:
+            return
         time.sleep(_SCRAPE_S)
 
 
-def _recorded(
-    path: str, console: Console, once: bool, follow: bool, speed: float
-) -> Iterator[View]:
-    """Yield views of a recording: the last one, as it is written, or as it was recorded."""
+def _play(path: str, console: Console, show: Show, speed: float | None) -> None:
+    """Show a recording at the speed of its run times `speed`; with None, its last moment."""
     from kvpager.recording.reader import Recording
     from kvpager.top.recorded import Player
     from kvpager.top.screen import cells_for
 
     cells = cells_for(console.width)
     began = shown = time.monotonic()
-    is_caught_up = False
-
-    def wait() -> bool:
-        nonlocal is_caught_up
-        is_caught_up = True
-        time.sleep(_FRAME_S)
-        return not recording.is_complete
-
     with wrong_usage(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the line of a run that goes on is cut now and then
-        recording = Recording(path, wait if follow else None)
+        warnings.simplefilter("ignore")  # the last line of a run that crashed is cut
+        recording = Recording(path)
         player = Player(recording.header)
         for step in recording:
-            if not once and not follow:
+            if speed is not None:
                 time.sleep(max(step.t / speed - (time.monotonic() - began), 0.0))
             player.apply(step)
-            now = time.monotonic()
-            if not once and now - shown >= _FRAME_S and (is_caught_up or not follow):
-                shown = now
-                yield player.view(cells)
-        yield player.view(cells)
+            if speed is not None and time.monotonic() - shown >= _FRAME_S:
+                shown = time.monotonic()
+                show(player.view(cells))
+        show(player.view(cells))
+
+
+def _follow(path: str, console: Console, show: Show) -> None:
+    """Show a recording while it is written, until it is closed."""
+    from kvpager.recording.reader import Recording
+    from kvpager.top.recorded import Player
+    from kvpager.top.screen import cells_for
+
+    cells, shown = cells_for(console.width), -1.0
+    player: Player | None = None
+
+    def wait() -> bool:
+        nonlocal shown
+        if player is not None and shown != player.seconds:
+            shown = player.seconds
+            show(player.view(cells))
+        time.sleep(_FRAME_S)
+        return player is None or not recording.is_complete
+
+    with wrong_usage():
+        recording = Recording(path, wait)
+        player = Player(recording.header)
+        for step in recording:
+            player.apply(step)
+        show(player.view(cells))

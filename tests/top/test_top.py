@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from kvpager.cli import top as command
 from kvpager.cli.app import app
 from kvpager.engine.recording import Record
 from kvpager.recording.format import Header, Step, encoded, encoded_header
@@ -116,6 +117,22 @@ def test_a_recording_that_is_being_written_is_followed(tmp_path: Path) -> None:
     steps = list(recording)
     assert [step.step for step in steps] == [0, 1]
     assert recording.is_complete
+
+
+def test_following_shows_what_there_is_and_ends_with_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path, FIRST)
+    news = [encoded(SECOND), encoded({"closed": 2})]
+
+    def sleep(seconds: float) -> None:
+        with path.open("ab") as file:
+            file.write(news.pop(0) if news else b"")
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+    seen: list[View] = []
+    command._follow(str(path), Console(width=80), seen.append)
+    assert [view.seconds for view in seen] == [1.0, 1.5, 1.5]
 
 
 @pytest.mark.parametrize(
