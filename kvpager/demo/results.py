@@ -167,6 +167,7 @@ class Results:
     device: str
     dtype: str
     scenarios: tuple[Result, ...]
+    modes: tuple[dict[str, Any], ...] = ()  # the figures of `kvpager.bench.modes`
 
     @property
     def identical(self) -> bool:
@@ -191,4 +192,5 @@ class Results:
             "identical": self.identical,
             "wrong": self.is_wrong,
             "scenarios": [result.as_json() for result in self.scenarios],
+            "modes": list(self.modes),
         }

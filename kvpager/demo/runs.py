@@ -8,14 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import kvpager
 from kvpager.bench import models
+from kvpager.bench.modes.report import records
 from kvpager.demo import measurement, report
 from kvpager.demo.comparison import differences
 from kvpager.demo.model import Engine, Generated
+from kvpager.demo.modes import show_modes
 from kvpager.demo.results import CallFigures, Contiguous, Paged, Plain, Result, Results, RowText
 from kvpager.demo.scenarios import Row, Scenario, build
 from kvpager.demo.settings import Settings
@@ -171,12 +174,21 @@ def _run(settings: Settings, console: Console, page: Path | None) -> Results:
                 raise BadInput(f"scenario ({scenario.key}): {_in_options(error)}") from None
         report.show_result(console, result, settings)
         done.append(result)
-    results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done))
+    modes = _modes(console, engine)
+    results = Results(settings, engine.name, str(engine.device), engine.dtype, tuple(done), modes)
     report.show_summary(console, results)
     if page is not None:
         with _status(console, f"{NUM_REQUESTS} requests at once, for the report"):
             _write_report(console, engine, done[0].paged.block_bytes, page)
     return results
+
+
+def _modes(console: Console, engine: Engine) -> tuple[dict[str, Any], ...]:
+    """Compare the modes with the bundled model, on a CPU: others may not fit in an engine."""
+    if engine.settings.model is not None or engine.device.type != "cpu":
+        return ()
+    with _status(console, "requests in three modes"):
+        return tuple(records(show_modes(console, engine)))
 
 
 def _write_report(console: Console, engine: Engine, block_bytes: int, page: Path) -> None:

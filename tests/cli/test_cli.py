@@ -109,6 +109,15 @@ def test_demo_writes_the_report_of_its_own_requests(demo: Any, json_file: Path) 
 
 @pytest.mark.slow
 @needs_model
+def test_demo_compares_the_modes(figures: dict[str, Any]) -> None:
+    modes = {each["mode"]: each for each in figures["modes"]}
+    assert modes["reserved"]["requests_at_once"] == 4
+    assert modes["paged"]["requests_at_once"] == 12
+    assert modes["reserved"]["live_share"] < 0.3 < 0.7 < modes["paged"]["live_share"]
+
+
+@pytest.mark.slow
+@needs_model
 def test_demo_fits_the_width_and_needs_no_colour(demo: Any) -> None:
     assert max(map(len, demo.stdout.splitlines())) <= 80
     assert "\x1b" not in demo.stdout

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvpager._text import size
 from kvpager.bench.modes.comparison import ModeFigures
 from kvpager.bench.throughput.report import setting
 from kvpager.bench.throughput.workload import Workload
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ROWS: dict[str, tuple[str, str, float]] = {  # row: key of the record, format, factor
     "requests at once": ("requests_at_once", "{:,}", 1),
@@ -51,16 +54,21 @@ def show(machine: dict[str, Any], figures: Sequence[ModeFigures], lines: Sequenc
     """Print the assumptions, the model, the hardware and the figures. O(steps)."""
     from rich.console import Console
 
-    from kvpager.bench import tables
-
     console = Console(highlight=False)
     for line in (*lines, *setting(machine)):
         console.print(line, markup=False)
+    show_table(console, figures, list(_ROWS))
+
+
+def show_table(console: Console, figures: Sequence[ModeFigures], rows: Sequence[str]) -> None:
+    """Print a column of figures for each mode. O(steps)."""
+    from kvpager.bench import tables
+
     columns = [
-        tables.Column(each["mode"], [_cell(each, *row) for row in _ROWS.values()])
+        tables.Column(each["mode"], [_cell(each, *_ROWS[row]) for row in rows])
         for each in records(figures)
     ]
-    tables.show(console, "", list(_ROWS), columns)
+    tables.show(console, "", rows, columns)
 
 
 def _cell(record: dict[str, Any], key: str, form: str, factor: float) -> str:
