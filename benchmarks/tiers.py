@@ -5,7 +5,7 @@
 
 `disk`: blocks in random order, saved and loaded by a `DiskStore`, and moved by plain `preadv` and
 `pwritev` with O_DIRECT at the same places. `cpu` figures are seconds of user and system time for a
-gigabyte.
+gigabyte. All memory is on huge pages, as in an engine.
 
 `valkey`: blocks in a valkey-server of this machine, over TCP and over a Unix socket, saved and
 loaded by a `ValkeyStore`, by redis-py, and by `sendmsg` and `recv_into` on a socket.
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import random
@@ -54,6 +53,7 @@ from benchmarks.tiers_rig import (
     batches,
     keys_of,
     names_of,
+    staging,
     valkey_server,
 )
 from kvpager.integrations.valkey import ValkeyStore
@@ -112,8 +112,7 @@ def _disk(folder: Path, size: str, block_bytes: int, count: int, repeats: int) -
     layout = BlockLayout("benchmark", block_bytes)
     store = DiskStore(folder / "kv", capacity, layout=layout, admit="always")
     keys = keys_of(count)
-    memory = memoryview(mmap.mmap(-1, BATCH * block_bytes))
-    memory[:] = np.random.default_rng(0).bytes(BATCH * block_bytes)
+    memory = staging(BATCH * block_bytes)
     blocks = [memory[n * block_bytes : (n + 1) * block_bytes] for n in range(BATCH)]
     chosen = random.Random(0)
 
@@ -165,11 +164,10 @@ def _valkey(url: str, name: str, block_bytes: int, count: int, repeats: int) -> 
     store = ValkeyStore(url, BlockLayout("benchmark", block_bytes), timeout_s=60)
     raw = RawClient(url)
     keys = keys_of(count)
-    memory = memoryview(mmap.mmap(-1, BATCH * block_bytes))
-    memory[:] = np.random.default_rng(0).bytes(BATCH * block_bytes)
+    memory = staging(BATCH * block_bytes)
     blocks = [memory[n * block_bytes : (n + 1) * block_bytes] for n in range(BATCH)]
     value_bytes = FRAME_BYTES + block_bytes
-    replies = memoryview(mmap.mmap(-1, BATCH * (value_bytes + 32)))
+    replies = staging(BATCH * (value_bytes + 32))
     frame = bytes(FRAME_BYTES)
 
     def save() -> None:

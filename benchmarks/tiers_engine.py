@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import math
-import mmap
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import tiers_rig
-from benchmarks.tiers_rig import BATCH, NEVER, RawClient, add, batches, keys_of, valkey_server
+from benchmarks.tiers_rig import (
+    BATCH,
+    NEVER,
+    RawClient,
+    add,
+    batches,
+    keys_of,
+    staging,
+    valkey_server,
+)
 from kvpager import Engine
 from kvpager.engine.metrics import StepRecord
 from kvpager.scheduling.preemption import PreemptionCosts
@@ -174,7 +182,7 @@ class RawReader:
             self._value_bytes = client.strlen(names[0])
         self._keys = [name.removeprefix(b"kvp1:") for name in names]
         self._client = RawClient(url)
-        self._memory = memoryview(mmap.mmap(-1, BATCH * (self._value_bytes + 32)))
+        self._memory = staging(BATCH * (self._value_bytes + 32))
 
     def __call__(self) -> float:
         """Return the seconds for all blocks."""
@@ -248,7 +256,7 @@ def _steps(
     args: argparse.Namespace,
 ) -> None:
     keys = keys_of(4 * BATCH)
-    memory = memoryview(mmap.mmap(-1, BATCH * block_bytes))
+    memory = staging(BATCH * block_bytes)
     blocks = [memory[n * block_bytes : (n + 1) * block_bytes] for n in range(BATCH)]
 
     def load(batch: list[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import socket
 import subprocess
 import sys
@@ -13,8 +14,12 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 BATCH = 16  # blocks of a call
 NEVER = math.inf
+HUGE_PAGE_BYTES = 2 << 20
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 def add(name: str, value: float, unit: str, **more: object) -> None:
@@ -32,6 +37,17 @@ def keys_of(count: int) -> list[bytes]:
 
 def batches(keys: list[bytes]) -> list[list[bytes]]:
     return [keys[start : start + BATCH] for start in range(0, len(keys), BATCH)]
+
+
+def staging(num_bytes: int) -> memoryview:
+    """Return memory like the one that blocks pass through in an engine: on huge pages."""
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE_BYTES
+    view = memoryview(memory)[start : start + num_bytes]
+    view[:] = np.random.default_rng(0).bytes(num_bytes)
+    return view
 
 
 @contextlib.contextmanager
