@@ -163,6 +163,20 @@ def test_one_call_reads_no_more_than_a_mebibyte_and_from_one_file(open_store: Op
     assert sizes == [4, 2, 3]
 
 
+def test_loading_ends_at_the_deadline_between_two_reads(open_store: Open) -> None:
+    store, real = open_store(), os.preadv
+    save(store, 1, 2, 3, 4)
+    now = mock.Mock(return_value=0.0)
+
+    def slow(*arguments: Any) -> int:
+        now.return_value += 1.0
+        return real(*arguments)
+
+    with mock.patch("time.monotonic", now), mock.patch("os.preadv", slow):
+        outcomes = load(store, 1, 9, 3, 2, 4, deadline=2.0)  # 3 and 2 by one call
+    assert outcomes == [Loaded.HIT, Loaded.MISS, Loaded.HIT, Loaded.HIT, Loaded.LATE]
+
+
 def test_blocks_beside_one_that_cannot_be_read_are_served(open_store: Open) -> None:
     store, real = open_store(), os.preadv
     save(store, 1, 2, 3)

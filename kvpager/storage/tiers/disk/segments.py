@@ -38,13 +38,12 @@ class Segments:
     def __init__(self, folder: Path, num_slots: int, slots_per_file: int, block_bytes: int) -> None:
         """Open the segments in `folder`; make none. Raises: `OSError`.
 
-        `intact` are the slots that the files found hold whole. `num_slots` bounds `grow`. `run_max`
-        is the most slots that one call reads.
+        `intact` are the slots that the files found hold whole. `num_slots` bounds `grow`.
         """
         self.slot_bytes = slot_bytes(block_bytes)
         self._folder, self._slots_per_file, self._block_bytes = folder, slots_per_file, block_bytes
         self._num_slots = num_slots
-        self.run_max = max(1, _RUN_BYTES // (self.slot_bytes - PAGE_BYTES))
+        self._run_max = max(1, _RUN_BYTES // (self.slot_bytes - PAGE_BYTES))
         self._files: list[int] = []
         self._direct = bool(_DIRECT)
         self._staging = threading.local()
@@ -78,11 +77,19 @@ class Segments:
         self.num_made = stop
         return range(first, stop)
 
-    def continues(self, run: Sequence[int], slot: int) -> bool:
-        """Return True if one call can read `slot` after the slots of `run`. O(1).
+    def run(self, slots: Sequence[int | None]) -> list[int]:
+        """Return the leading slots that one call can read, until None. O(slots).
 
-        The slots lie side by side in one file, in either direction.
+        They lie side by side in one file, in either direction.
         """
+        run = list[int]()
+        for slot in slots[: self._run_max]:
+            if slot is None or not self._continues(run, slot):
+                break
+            run.append(slot)
+        return run
+
+    def _continues(self, run: Sequence[int], slot: int) -> bool:
         if not run:
             return True
         step = slot - run[-1]
@@ -198,7 +205,7 @@ class Segments:
         buffers: list[tuple[memoryview, memoryview]] | None
         buffers = getattr(self._staging, "buffers", None)
         if buffers is None:
-            whole = memoryview(mmap.mmap(-1, self.run_max * self.slot_bytes))
+            whole = memoryview(mmap.mmap(-1, self._run_max * self.slot_bytes))
             starts = range(0, whole.nbytes, self.slot_bytes)
             slots = [whole[start : start + self.slot_bytes] for start in starts]
             buffers = [(slot[:PAGE_BYTES], slot[PAGE_BYTES:]) for slot in slots]

@@ -19,7 +19,7 @@ from kvpager.storage.tiers.disk.directory import TABLE, Directory
 from kvpager.storage.tiers.disk.segments import Segments, slot_bytes
 from kvpager.storage.tiers.disk.slot_table import RECORD_BYTES, Record, SlotTable
 from kvpager.storage.tiers.disk.slots import Slots
-from kvpager.storage.tiers.frame import FRAME_BYTES, Fault, Framing
+from kvpager.storage.tiers.frame import FRAME_BYTES, Framing
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.losses import Losses
 from kvpager.storage.tiers.protocol import Loaded, Outcomes, Saved, StoreStats
@@ -30,6 +30,8 @@ logger = logging.getLogger("kvpager")
 _SEGMENT_BYTES_MIN = 256 << 20
 _SEGMENTS = 64  # files of a full store: each is open
 _SEGMENTS_MAX = 512  # after the capacity was raised; a process may often open 1,024 files only
+# Read before any is verified: a digest pushes what the next read needs out of the core's cache.
+_GROUP_BYTES = 8 << 20
 _GROW_AGAIN_S = 60.0  # after the disk was full
 
 
@@ -120,8 +122,8 @@ class DiskStore:
         outcomes = np.full(len(keys), Loaded.LATE, np.uint8)
         blocks, done = [block.cast("B") for block in into], 0
         while done < len(keys) and time.monotonic() < deadline:
-            stop = done + self._segments.run_max
-            found = self._load_run(keys[done:stop], blocks[done:stop])
+            stop = done + max(_GROUP_BYTES // self.block_bytes, 1)
+            found = self._load_group(keys[done:stop], blocks[done:stop], deadline)
             outcomes[done : done + len(found)] = found
             done += len(found)
         self._use(keys, self._orders(len(keys)))
@@ -232,40 +234,60 @@ class DiskStore:
 
     # ------------------------------------------------------------------ blocks
 
-    def _load_run(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[Loaded]:
-        """Load the first block, and those after it that one call can read with it."""
-        with self._lock:
-            run = self._pin_run(keys)
-        if not run:
-            return [Loaded.MISS]
+    def _load_group(
+        self, keys: Sequence[bytes], blocks: Sequence[memoryview], deadline: float
+    ) -> list[Loaded]:
+        """Load leading blocks, at least one, and others until the deadline."""
+        slots = list[int | None]()
         try:
-            faults = self._read(run, keys[: len(run)], blocks[: len(run)])
             with self._lock:
-                for slot, key, fault in zip(run, keys, faults, strict=False):
-                    if fault is not None and self._slots.slot(key) == slot:  # no other save since
-                        self._forget(key)
+                now = self._now()
+                for key in keys:
+                    slots.append(self._slots.pin(key) if self._offers(key, now) else None)
+            frames = self._read(slots, blocks, deadline)
+            outcomes = list[Loaded]()
+            for slot, frame, key, block in zip(slots, frames, keys, blocks, strict=False):
+                if slot is None:
+                    outcomes.append(Loaded.MISS)
+                elif frame and self._framing.unframe(frame, key, block) is None:
+                    outcomes.append(Loaded.HIT)
+                else:
+                    outcomes.append(Loaded.BAD)
+            with self._lock:
+                for slot, key, outcome in zip(slots, keys, outcomes, strict=False):
+                    if outcome is Loaded.BAD and self._slots.slot(key) == slot:
+                        self._forget(key)  # there was no other save since
         finally:
             with self._lock:
-                for slot in run:
-                    self._slots.unpin(slot)
+                for slot in slots:
+                    if slot is not None:
+                        self._slots.unpin(slot)
                 self._idle.notify_all()
-        return [Loaded.HIT if fault is None else Loaded.BAD for fault in faults]
+        return outcomes
 
     def _read(
-        self, run: Sequence[int], keys: Sequence[bytes], blocks: Sequence[memoryview]
-    ) -> list[Fault | OSError | None]:
-        """Read and verify slots. Returns for each block why that failed, or None."""
+        self, slots: Sequence[int | None], blocks: Sequence[memoryview], deadline: float
+    ) -> list[bytes]:
+        """Read slots into blocks until the deadline. Returns the frames that were read.
+
+        A frame is empty if there is no slot, or if the slot cannot be read.
+        """
+        frames = list[bytes]()
+        while len(frames) < len(slots) and (not frames or time.monotonic() < deadline):
+            first = len(frames)
+            run = self._segments.run(slots[first:])
+            frames += self._read_run(run, blocks[first : first + len(run)]) if run else [b""]
+        return frames
+
+    def _read_run(self, run: Sequence[int], blocks: Sequence[memoryview]) -> list[bytes]:
         try:
             heads = self._segments.read(run, blocks)
-        except OSError as error:
+        except OSError:
             if len(run) == 1:
-                return [error]
-            each = zip(run, keys, blocks, strict=True)  # one that fails does not harm the others
-            return [self._read([slot], [key], [block])[0] for slot, key, block in each]
-        return [
-            self._framing.unframe(head[:FRAME_BYTES], key, block)
-            for head, key, block in zip(heads, keys, blocks, strict=True)
-        ]
+                return [b""]
+            each = zip(run, blocks, strict=True)  # one that fails does not harm the others
+            return [self._read_run([slot], [block])[0] for slot, block in each]
+        return [bytes(head[:FRAME_BYTES]) for head in heads]
 
     def _save(self, key: bytes, block: memoryview, order: int) -> Saved:
         with self._lock:
@@ -323,17 +345,6 @@ class DiskStore:
         return is_synced
 
     # ------------------------------------------------------------------ under the lock
-
-    def _pin_run(self, keys: Sequence[bytes]) -> list[int]:
-        """Pin the slots of leading keys, as far as one call can read them."""
-        now, run = self._now(), list[int]()
-        for key in keys:
-            slot = self._slots.slot(key) if self._offers(key, now) else None
-            if slot is None or not self._segments.continues(run, slot):
-                break
-            self._slots.pin(key)
-            run.append(slot)
-        return run
 
     def _offers(self, key: bytes, now: int) -> bool:
         """Return True if the store has `key`; forget a block that is too old."""
