@@ -122,7 +122,7 @@ def test_other_kinds_of_layers_stay_with_vllm(
         ("avx512bf16", torch.bfloat16, False, None),
         ("avx2", torch.float32, False, "float32 on avx2 is not measured to be faster"),
         ("avx2", torch.bfloat16, False, None),
-        ("avx512bf16", torch.bfloat16, True, "bfloat16 on matrix units"),
+        ("amx", torch.bfloat16, True, "bfloat16 on matrix units"),
         ("avx512bf16", torch.float32, False, "float32 on avx512bf16 is not measured"),
         ("avx512", torch.bfloat16, False, "bfloat16 on avx512 is not measured"),
         ("portable", torch.float32, False, "float32 on portable is not measured"),
