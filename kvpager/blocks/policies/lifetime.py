@@ -8,8 +8,7 @@ in multiples of the pool's size, from a block's history:
     reused     a for a block that was used more than once: one-time blocks cannot evict it
     own        reused and doubling, but 0 for a prefix that many prompts share and extend a lot:
                such a prefix is held while it is needed
-    lottery    8 for the blocks of one prompt in two or four, prefixes included: keeps a part of a
-               loop longer than the pool
+    lottery    8 for the blocks of one prompt in n: keeps a part of a loop longer than the pool
 
 The best strategy depends on traffic and pool size, so the policy evaluates all of them. A strategy
 would hold the blocks with the latest deadlines, as many as the pool has. A reused block is a hit of
@@ -40,16 +39,12 @@ from kvpager.plans import NO_BLOCKS, Float64, Int32, Int64, UInt64
 Index = NDArray[np.intp]
 
 # The history of a block or ghost is one int64. High bits: the time of its last release or use, so
-# that records compare by age. Low bits, the traits: shared prefix or not, lotteries won, uses.
+# that records compare by age. Low bits, the traits: shared prefix or not, lot of its prompt, uses.
 _USES = 0x3F
-_WON = 6
-_WINS = 3 << _WON
-_SHARED = 1 << 8
-_TIME = 9
+_LOT, _LOTS = 6, 16
+_SHARED = 1 << 10
+_TIME = 11
 _TRAITS = (1 << _TIME) - 1
-
-# One prompt in two wins the first lottery, and half of these the second.
-_WINS_OF_LOT = (2 << _WON, 0, 1 << _WON, 0)
 
 _NO_EDGE = -(2.0**60)  # the pool holds everything
 _ADDS_MUCH = 0.05  # mean prompts
@@ -62,13 +57,13 @@ def _lifetimes() -> Float64:
     uses = np.maximum(traits & _USES, 1)
     doublings, is_reused = np.log2(uses), (uses > 1).astype(np.float64)
     own = np.where(traits & _SHARED, 0.0, 1.0)
-    num_wins = (traits & _WINS) >> _WON
+    lots = traits >> _LOT & (_LOTS - 1)
     rows = [each * doublings for each in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)]
     rows += [stay * is_reused for stay in (1.0, 4.0)]
     rows += [
         (stay * is_reused + each * doublings) * own for stay in (1.0, 4.0) for each in (0.0, 1.0)
     ]
-    rows += [8.0 * (num_wins >= lotteries) for lotteries in (1, 2)]
+    rows += [8.0 * (lots % prompts == 0) for prompts in (2, 4, 16)]
     return np.array(rows)
 
 
@@ -223,8 +218,7 @@ class Lifetime(BlockPolicy):
     def _use(self, index: Index, records: Int64) -> None:
         """Record that blocks with histories `records` are used again."""
         self.contest.see(records, self.now)
-        uses = np.minimum((records & _USES) + 1, _USES)
-        self.records[index] = records & _WINS | uses | self.now << _TIME
+        self.records[index] = np.minimum((records & _USES) + 1, _USES) | self.now << _TIME
         if self.now >= self.contest.due_at:
             self._compare()
 
@@ -237,22 +231,18 @@ class Lifetime(BlockPolicy):
 
     def release(self, blocks: Blocks) -> None:  # noqa: D102
         index = np.asarray(blocks, np.intp)
-        records = self.records.take(index)
-        uses = records & _USES
+        uses = self.records.take(index) & _USES
         # Count from the end: a block in the middle seems new if its ghost was lost.
         known = (uses > 1).nonzero()[0]
         added = len(uses) - 1 - known.item(-1) if len(known) else len(uses)
         length = self.depths.item(index.item(-1)) + 1
         self.num_prompts = min(self.num_prompts + 1, _MEAN_OVER)
         self.mean_length += (length - self.mean_length) / self.num_prompts
-        # A prefix leaves after its prompts, so it keeps the wins of the luckiest one.
-        wins = _WINS_OF_LOT[self.prints.item(index.item(-1)) % 4]
-        traits = uses | np.maximum(records & _WINS, wins)
+        traits = uses | (self.prints.item(index.item(-1)) % _LOTS) << _LOT
         if len(known) and added > _ADDS_MUCH * self.mean_length:
             traits |= np.where(uses > 2, _SHARED, 0)
-        times = self.now - np.arange(len(index))  # the end of a prompt leaves first
-        self.records[index] = traits | times << _TIME
-        self.deadlines[index] = self.contest.bonuses[self.contest.chosen].take(traits) + times
+        self.records[index] = traits | self.now << _TIME
+        self.deadlines[index] = self.contest.bonuses[self.contest.chosen].take(traits) + self.now
 
     def rank(self, blocks: Blocks) -> Float64:  # noqa: D102
         return self.deadlines.take(blocks)
