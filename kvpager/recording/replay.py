@@ -144,8 +144,8 @@ class ReplayedState:
         elif step.end:
             self.decoding = [number for number in self.decoding if number in self.sequences]
             self._growing = [self.sequences[number].lengths for number in self.decoding]
-        for lengths in self._growing:
-            for group in range(num_groups):
+        for group in range(num_groups):
+            for lengths in self._growing:
                 lengths[group] += 1
         for number, tokens, *one in step.len:
             lengths = self._sequence(number).lengths

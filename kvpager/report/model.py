@@ -16,7 +16,7 @@ from kvpager.report.reserved import ReservedPool
 
 FRAMES_MAX = 300  # steps that a page shows
 FRAMES_MIN = 100
-_BLOCKS_MAX = 15_000_000  # that all frames together add up: about two seconds
+_BLOCKS_MAX = 10_000_000  # that all frames together add up: about a second
 _RESIZED = re.compile(rb'"num_blocks": ?(\d{1,9})')
 
 
