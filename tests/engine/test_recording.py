@@ -172,6 +172,8 @@ def test_a_file_that_is_no_recording_is_refused_before_the_engine_starts(tmp_pat
     assert path.read_text() == "mine"
 
 
-def test_record_is_a_path() -> None:
+def test_record_is_a_path_and_not_of_regions() -> None:
     with pytest.raises(TypeError, match="record=True: expected the path of a file"):
         EngineConfig(record=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="record: regions are not recorded"):
+        EngineConfig(record="run.jsonl", mode="reserved")
