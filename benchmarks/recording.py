@@ -3,8 +3,9 @@
     python benchmarks/recording.py               # 1, 16 and 64 requests of a model of 28 million
     python benchmarks/recording.py --rows 16
 
-`share`: time in the recorder, of the time of all steps. `ratio`: with a recording, of without;
-the median of the turns. `bytes_per_step`: of the file.
+`share`: CPU time of the engine's thread in the recorder, of that in all steps. Other work on the
+machine does not change it. `ratio`: wall time with a recording, of without; the median of the
+turns. `bytes_per_step`: of the file.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ PROMPT, NEW = 64, 24
 
 
 class Clock:
-    """Sums the seconds of a function's calls."""
+    """Sums the CPU seconds that the calling thread spends in a function."""
 
     def __init__(self, function: Any) -> None:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             return self.function(*arguments, **options)
         finally:
-            self.seconds += time.perf_counter() - start
+            self.seconds += time.thread_time() - start
 
 
 def measure(model: Any, rows: int, seconds: float, folder: Path) -> dict[str, Any]:
