@@ -71,6 +71,9 @@ def test_few_queries_of_a_long_row_are_shared_among_threads(
     output = attend(case, call, blocks, kernels=native.kernels)
     assert_as_exact_as_plain_torch(case, call, output, dtype)
     assert torch.equal(attend(case, call, blocks, kernels=native.kernels), output)
+    torch.set_num_threads(1)  # the whole row in one task
+    alone = attend(case, call, blocks, kernels=native.kernels)
+    torch.testing.assert_close(output, alone, rtol=0.02, atol=5e-4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
