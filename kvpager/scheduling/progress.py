@@ -55,7 +55,8 @@ class Progress:
         say nothing that the scheduler does not know.
         """
         states: list[tuple[int, str]] = []
-        for request_id, reason in ended:
+        # No plan reports what ends when an engine is closed.
+        for request_id, reason in [*ended, *self._table.unreported]:
             number = self._numbers.pop(request_id, None)
             if number is not None:
                 del self._states[number]

@@ -92,6 +92,11 @@ class RequestTable:
         """Return True unless the request has ended. O(1)."""
         return self.live.get(state.request_id) is state
 
+    @property
+    def unreported(self) -> list[tuple[Hashable, Reason]]:
+        """The requests that ended since the last `take_ended`. O(requests)."""
+        return [*self._ended.items()]
+
     def take_ended(self) -> list[tuple[Hashable, Reason]]:
         """Return the requests that ended since the last call, each with its reason. O(1)."""
         ended, self._ended = self._ended, {}

@@ -113,6 +113,19 @@ def test_a_cancelled_and_a_failed_request_end_so(tmp_path: Path) -> None:
     assert ends == {0: "cancelled", 1: "failed", 2: "finished"}
 
 
+def test_a_request_that_runs_or_waits_when_the_engine_is_closed_is_cancelled(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.jsonl"
+    engine = ToyEngine(core={"record": Record(path)}, max_num_seqs=1)
+    streams = [engine.ask([1], 200), engine.ask([2], 3)]
+    next(iter(streams[0]))
+    engine.close()
+    steps, state = replayed(path)
+    assert [states[-1] for states in lives(steps).values()] == ["cancelled"] * 2
+    assert not state.requests
+
+
 def test_a_cached_prompt_computes_its_last_token_as_a_part(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     with ToyEngine(core={"record": Record(path)}) as engine:
