@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from kvpager.recording.format import LIVE_STATES, Counts, Header, Step, TierCounts, Totals
 
 ROOT = -1  # the parent of a block at the front of a prompt
+TABLES_MAX = 2**22  # of live sequences: each takes memory, though it is short in a line
 _NO_COUNTS = Counts(0, 0, 0, 0, 0, 0)
 _NO_TOTALS = Totals(0, 0, 0, 0, 0, 0)
 
@@ -136,9 +137,13 @@ class ReplayedState:
             if number != self._num_begun:
                 raise _Wrong(f"begin: sequence {number}, expected {self._num_begun}")
             self._num_begun += 1
+            if (len(self.sequences) + 1) * num_groups > TABLES_MAX:
+                raise _Wrong(f"begin: more than {TABLES_MAX:,} tables of live sequences")
             tables: list[list[int]] = [[] for _ in range(num_groups)]
             self.sequences[number] = ReplayedSequence(request, cached, [0] * num_groups, tables)
         if step.decode is not None:
+            if len(set(step.decode)) < len(step.decode):
+                raise _Wrong("decode: a sequence is listed twice")
             self.decoding = list(step.decode)
             self._growing = [self._sequence(number).lengths for number in self.decoding]
         elif step.end:

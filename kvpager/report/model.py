@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from kvpager import _textfile as textfile
@@ -15,9 +16,9 @@ from kvpager.report.moments import Camera, Moment, is_of_user, shown_steps
 from kvpager.report.reserved import ReservedPool
 
 FRAMES_MAX = 300  # steps that a page shows
-FRAMES_MIN = 100
+FRAMES_MIN = 20
 _BLOCKS_MAX = 10_000_000  # that all frames together add up: about a second
-_RESIZED = re.compile(rb'"num_blocks": ?(\d{1,9})')
+_RESIZED = re.compile(rb'"num_blocks"\s*:\s*(\d{1,9})')
 
 
 class Run:
@@ -50,6 +51,8 @@ class Run:
         self.users: dict[int, int] = {}
         self._changes: list[tuple[int, int, bool]] = []  # step, sequence, begins
         self._live: set[int] = set()
+        self._num_live: Counter[int] = Counter()  # sequences of each request
+        self._swapped: set[int] = set()  # requests
         self._longest = 1
         frames = min(FRAMES_MAX, max(FRAMES_MIN, _BLOCKS_MAX // most_blocks))
         self._replay(recording, set(shown_steps(num_steps, frames)))
@@ -64,12 +67,16 @@ class Run:
             if step.end:
                 self._note_ends(step, state)
             state.apply(step)
+            if state.num_blocks - state.header.num_reserved > self.grid.num_blocks:
+                # The scan reads no key twice, and none with escapes.
+                raise ValueError(f"line {step.line}: num_blocks={state.num_blocks}: named oddly")
             self._observe(step, state)
             if step.step in shown:
                 self.moments.append(camera.moment(step.step, step.t))
         for sequence in self._live:
             self._longest = max(self._longest, *state.sequences[sequence].lengths)
-        if step is not None and self.moments[-1].step != step.step:  # the scan saw a cut line
+        # The scan saw a cut line, or missed an oddly written one.
+        if step is not None and (not self.moments or self.moments[-1].step != step.step):
             self.moments.append(camera.moment(step.step, step.t))
 
     def _observe(self, step: Step, state: ReplayedState) -> None:
@@ -80,16 +87,20 @@ class Run:
         for sequence, request, _ in step.begin:
             if is_of_user(state, request):
                 self._live.add(sequence)
-                self.users[sequence] = -1 - sequence if request is None else request
+                user = self.users[sequence] = -1 - sequence if request is None else request
+                self._num_live[user] += 1
                 self._changes.append((step.step, sequence, True))
+        for number, name in step.state:
+            (self._swapped.add if name == "swapped" else self._swapped.discard)(number)
         if step.begin or step.state:
-            swapped = sum(each.state == "swapped" for each in state.requests.values())
-            self.most_running = max(self.most_running, len(self._live) - swapped)
+            num_swapped = sum(self._num_live[number] for number in self._swapped)
+            self.most_running = max(self.most_running, len(self._live) - num_swapped)
 
     def _note_ends(self, step: Step, state: ReplayedState) -> None:
         for sequence in step.end:
             if sequence in self._live:
                 self._live.remove(sequence)
+                self._num_live[self.users[sequence]] -= 1
                 self._changes.append((step.step, sequence, False))
                 self._longest = max(self._longest, *state.sequences[sequence].lengths)
 

@@ -70,7 +70,8 @@ class ReservedPool:
             tokens[region] = lengths[sequence]
             owners[region] = owner_of(requests[sequence])
         size, rest = self.block_size, self.num_blocks - self.num_regions * self.region_blocks
-        starts = np.arange(self.region_blocks) * size
+        # Without a region, there may be more blocks to one than memory has room for.
+        starts = np.arange(min(self.region_blocks, self.num_blocks)) * size
         live = np.clip(tokens[:, None] - starts, 0, size).ravel()
 
         def spread(values: Array) -> Array:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpager import _textfile
+from kvpager.recording import replay
 from kvpager.recording.format import STATES, Header, encoded, encoded_header, parse_line
 from kvpager.recording.reader import Recording
 from kvpager.recording.replay import ReplayedState
@@ -128,6 +129,7 @@ def test_a_bad_line_is_named(tmp_path: Path, third: Any, message: str) -> None:
         ({"end": [7]}, "sequence 7 is not live"),
         ({"end": [0], "len": [[0, 6]]}, "sequence 0 is not live"),
         ({"decode": [5]}, "sequence 5 is not live"),
+        ({"decode": [0, 1, 0]}, "decode: a sequence is listed twice"),
         ({"begin": [[1, None, 0]]}, "begin: sequence 1, expected 2"),
         ({"blocks": [[0, 0, 3, [1]]]}, "sequence 0 keeps 3 of 2 blocks"),
         ({"blocks": [[0, 0, 0, [8]]]}, "block 8: the pool has 8"),
@@ -149,6 +151,16 @@ def test_a_step_that_does_not_follow_is_named(
     with pytest.raises(ValueError, match="line 3: ") as caught:
         replayed(path)
     assert message in str(caught.value)
+
+
+def test_sequences_take_a_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "TABLES_MAX", 5)
+    first = encoded_header(HEADER._replace(windows=(None, 8)))
+    fits = {"step": 0, "t": 0, "begin": [[0, None, 0], [1, None, 0]]}
+    replayed(saved(tmp_path, first, fits))
+    more = {"step": 1, "t": 1, "begin": [[2, None, 0]]}
+    with pytest.raises(ValueError, match="line 3: begin: more than 5 tables"):
+        replayed(saved(tmp_path, first, fits, more))
 
 
 def test_a_crashed_run_is_read_up_to_its_last_whole_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,30 @@ def test_without_a_maximum_a_region_is_as_long_as_the_longest_sequence(tmp_path:
     assert run["reserved"]["regions"] == 4
 
 
+def test_a_region_larger_than_any_memory_takes_none(tmp_path: Path) -> None:
+    steps = ({"begin": [[0, 0, 0]], "len": [[0, 2**31 - 1]]},)
+    header = POOL._replace(max_tokens=None, block_size=1)
+    tracemalloc.start()
+    run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", *steps, header=header)))
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert run["reserved"]["regions"] == 0
+    assert most_bytes < 64 * 2**20
+
+
+def test_samples_of_a_swapped_request_do_not_run(tmp_path: Path) -> None:
+    begun = [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
+    steps = (
+        {"new": [[0, 5, 5, 3], [1, 5, 5, 2]], "state": [[0, "running"]], "begin": begun},
+        {"state": [[0, "swapped"], [1, "running"]], "begin": [[3, 1, 0], [4, 1, 0]]},
+        {"state": [[0, "running"]], "end": [3, 4]},
+    )
+    run, _ = unpacked(report(recorded(tmp_path / "r.jsonl", *steps)))
+    assert run["frames"]["running"] == [3, 2, 3]
+    rows = {name: paged for name, _, paged, _ in run["numbers"]}
+    assert rows["most requests at once"] == "3"
+
+
 def test_a_cell_of_several_blocks_adds_them_up() -> None:
     grid = Grid(2 * CELLS_MAX + 1, 10)
     assert (grid.cell_blocks, grid.num_cells) == (3, 683)
@@ -279,6 +304,7 @@ def test_names_in_a_recording_cannot_become_markup(tmp_path: Path) -> None:
         (encoded_header(POOL._replace(num_blocks=10**9)), "line 1: num_blocks=1000000000"),
         (encoded_header(POOL._replace(num_blocks=1, num_reserved=1)), "line 1: num_blocks=1"),
         (encoded_header(POOL) + b'{"step":0,"t":0,"num_blocks":1000000000}\n', "line 2: num_bl"),
+        (encoded_header(POOL) + b'{"step":0,"t":0,"\\u006eum_blocks":9}\n', "line 2: num_blocks=9"),
     ],
 )
 def test_bad_recording_is_refused_with_its_line(tmp_path: Path, text: bytes, message: str) -> None:
@@ -286,6 +312,13 @@ def test_bad_recording_is_refused_with_its_line(tmp_path: Path, text: bytes, mes
     file.write_bytes(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         report(file)
+
+
+def test_oddly_written_steps_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    odd = b'{"\\u0073tep":0,"t":0}\n{"\\u0073tep":1,"t":1,"num_blocks"  :  9}\n'
+    file.write_bytes(encoded_header(POOL) + odd)
+    assert unpacked(report(file))[0]["numBlocks"] == 9
 
 
 def test_run_that_crashed_says_so(tmp_path: Path) -> None:
