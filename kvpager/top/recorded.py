@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from itertools import islice
 
 from kvpager.recording.format import LIVE_STATES, Header, Step
@@ -11,6 +11,7 @@ from kvpager.top.view import Cell, Kind, Row, TierRow, View
 
 _RATE_S = 2.0  # rates are those of this time
 _ROWS_MAX = 12
+_FREE = Cell(Kind.FREE)
 
 
 class Player:
@@ -33,7 +34,10 @@ class Player:
             self._recent.popleft()
 
     def view(self, cells_max: int) -> View:
-        """Return the current moment, with at most `cells_max` cells. O(table entries + blocks)."""
+        """Return the current moment, with at most `cells_max` cells.
+
+        O(n log n) for n table entries and cached blocks.
+        """
         header, state = self.header, self.state
         counts, totals = state.counts, state.totals
         holders = state.holders()
@@ -79,18 +83,20 @@ class Player:
         return rates if not tokens else {"tokens": tokens / seconds, **rates}  # none in `simulate`
 
     def _cells(self, holders: dict[int, list[int]], cell_blocks: int) -> list[Cell]:
-        state, cells = self.state, []
-        for first in range(0, state.num_blocks, cell_blocks):
-            found: Counter[Cell] = Counter()
-            for block in range(first, min(first + cell_blocks, state.num_blocks)):
-                found[self._cell(block, holders)] += 1
-            cells.append(found.most_common(1)[0][0])
+        num_blocks, cells = self.state.num_blocks, []
+        found: dict[int, Counter[Cell]] = defaultdict(Counter)
+        for block in sorted(self.state.cached.keys() | holders.keys()):
+            found[block // cell_blocks][self._cell(block, holders)] += 1
+        for first in range(0, num_blocks, cell_blocks):
+            counts = found[first // cell_blocks]
+            counts[_FREE] += min(cell_blocks, num_blocks - first) - counts.total()
+            cells.append(counts.most_common(1)[0][0])
         return cells
 
     def _cell(self, block: int, holders: dict[int, list[int]]) -> Cell:
         mine = holders.get(block)
         if mine is None:
-            return Cell(Kind.CACHED if block in self.state.cached else Kind.FREE)
+            return Cell(Kind.CACHED)
         if len(mine) > 1:
             return Cell(Kind.SHARED)
         return Cell(Kind.HELD, self.state.sequences[mine[0]].request)

@@ -124,5 +124,6 @@ def _tiers(view: View) -> Table:
         loaded, saved = (
             "?" if count is None else size(count) for count in (tier.loaded_bytes, tier.saved_bytes)
         )
-        table.add_row(tier.name, "?" if tier.blocks is None else f"{tier.blocks:,}", loaded, saved)
+        blocks = "?" if tier.blocks is None else f"{tier.blocks:,}"
+        table.add_row(Text(tier.name), blocks, loaded, saved)  # a string could be markup
     return table

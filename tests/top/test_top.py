@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kvpager.cli import top as command
 from kvpager.cli.app import app
 from kvpager.engine.recording import Record
-from kvpager.recording.format import Header, Step, encoded, encoded_header
+from kvpager.recording.format import BLOCKS_MAX, Header, Step, encoded, encoded_header
 from kvpager.recording.reader import Recording
 from kvpager.top.recorded import Player
 from kvpager.top.scraped import Scraper
@@ -42,9 +42,9 @@ FIRST: dict[str, Any] = {
 SECOND: dict[str, Any] = {"step": 1, "t": 1.5, "decode": [0, 1]}
 
 
-def saved(tmp_path: Path, *lines: dict[str, Any]) -> Path:
+def saved(tmp_path: Path, *lines: dict[str, Any], header: Header = HEADER) -> Path:
     (path := tmp_path / "run.jsonl").write_bytes(
-        encoded_header(HEADER) + b"".join(map(encoded, lines))
+        encoded_header(header) + b"".join(map(encoded, lines))
     )
     return path
 
@@ -81,6 +81,23 @@ def test_many_blocks_share_a_cell_that_looks_like_most_of_them(tmp_path: Path) -
     view = played(saved(tmp_path, FIRST)).view(cells_max=2)
     assert view.cell_blocks == 3
     assert [cell.kind for cell in view.cells] == [Kind.SHARED, Kind.FREE]
+
+
+def test_free_blocks_take_no_time_and_count(tmp_path: Path) -> None:
+    header = HEADER._replace(num_blocks=BLOCKS_MAX)
+    view = played(saved(tmp_path, FIRST, header=header)).view(cells_max=1000)
+    assert view.cell_blocks == 16778
+    assert [cell.kind for cell in view.cells] == [Kind.FREE] * 1000
+    one = HEADER._replace(num_blocks=4)
+    assert played(saved(tmp_path, FIRST, header=one)).view(2).cells[1] == Cell(Kind.HELD, 1)
+
+
+def test_names_in_a_recording_cannot_become_markup(tmp_path: Path) -> None:
+    header = HEADER._replace(model="[red]m[/]", tiers=("[/disk]",))
+    done = top(str(saved(tmp_path, FIRST, header=header)), "--once")
+    assert done.exit_code == 0, done.output
+    assert "[red]m[/]" in done.output
+    assert "[/disk]" in done.output
 
 
 def test_the_last_moment_is_printed_once(tmp_path: Path) -> None:
