@@ -109,6 +109,8 @@ class RecordingWriter:
                 self._is_open = False
                 self._lines.clear()
             with suppress(OSError):
+                if fcntl is not None:  # a fork that lives on would keep the lock
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
                 os.close(self._file)
 
     def _flush(self) -> None:

@@ -128,3 +128,29 @@ def test_a_fork_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK, path], check=True, timeout=100)
     assert len(list(Recording(path))) == 1
+
+
+FORK_THAT_LIVES_ON = """
+import os
+import sys
+from pathlib import Path
+from kvpager.recording.writer import RecordingWriter
+from tests.recording.test_writer import HEADER
+
+writer = RecordingWriter(Path(sys.argv[1]), HEADER)
+reader, end = os.pipe()
+if not (child := os.fork()):
+    os.close(end)
+    os.read(reader, 1)
+    os._exit(0)
+writer.close()
+RecordingWriter(Path(sys.argv[1]), HEADER).close()
+os.close(end)
+os.waitpid(child, 0)
+"""
+
+
+@POSIX
+def test_a_fork_that_lives_on_does_not_keep_the_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK_THAT_LIVES_ON, tmp_path / "run.jsonl"]
+    subprocess.run(command, check=True, timeout=100)
