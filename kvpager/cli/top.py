@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _FRAME_S = 0.2
 _SCRAPE_S = 1.0
+_WAIT_S_MAX = 1e6  # for a step of a recording: a sleep of centuries is an error
 
 _Source = Annotated[
     str,
@@ -112,7 +113,8 @@ def _play(path: str, console: Console, show: Show, speed: float | None) -> None:
         player = Player(recording.header)
         for step in recording:
             if speed is not None:
-                time.sleep(max(step.t / speed - (time.monotonic() - began), 0.0))
+                wait_s = step.t / speed - (time.monotonic() - began)
+                time.sleep(min(max(wait_s, 0.0), _WAIT_S_MAX))
             player.apply(step)
             if speed is not None and time.monotonic() - shown >= _FRAME_S:
                 shown = time.monotonic()

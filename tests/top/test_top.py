@@ -120,6 +120,16 @@ def test_a_recording_is_played_to_its_end(tmp_path: Path) -> None:
     assert "2 steps" in done.output
 
 
+def test_a_recording_may_claim_that_centuries_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(command.time, "sleep", slept.append)
+    done = top(str(saved(tmp_path, FIRST, {"step": 1, "t": 1e11})), "--speed", "0.001")
+    assert done.exit_code == 0, done.output
+    assert slept[1] == 1e6
+
+
 def test_a_recording_that_is_being_written_is_followed(tmp_path: Path) -> None:
     path = saved(tmp_path, FIRST)
     second, end = encoded(SECOND), encoded({"closed": 2})
