@@ -7,8 +7,7 @@ request, each have a region of their own:
     seq = manager.allocate(prompt_ids)      # a region; seq.copies has the blocks of a known prefix
     step = manager.append(seq, 1)           # never needs another region, unless it was forked
 
-A fork shares the region of its parent until one of the two grows. Then that one takes another
-region, and all its tokens are copied.
+A fork shares the region of its parent until one of the two grows: that one is copied to another.
 """
 
 from __future__ import annotations
