@@ -1,4 +1,4 @@
-"""The command `kvpager report`: a recording as one HTML file."""
+"""The command `kvpager report`: turns a recording into one HTML file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _Recording = Annotated[
     str,
     typer.Argument(
         metavar="RUN.jsonl",
-        help="A recording, also .gz, as Engine(record=...), patch(record=...) and "
-        "kvpager simulate --record write it.",
+        help="A recording of Engine(record=...), patch(record=...) or kvpager simulate "
+        "--record, also gzipped (.gz).",
         show_default=False,
     ),
 ]
@@ -35,7 +35,7 @@ _Output = Annotated[
 
 
 def report(recording: _Recording, output: _Output = None) -> None:
-    """Write a page that shows a recorded run beside one region per request.
+    """Write a page that compares a recorded run with one reserved region per request.
 
     The page is one file of at most 500 kB. It needs no network and sends nothing.
 

@@ -1,4 +1,4 @@
-"""The command `kvpager top`: what an engine does, on a terminal."""
+"""The command `kvpager top`: shows an engine in a terminal."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A recording of Engine(record=...), or the metrics of a running engine, such as "
-        "http://127.0.0.1:9400/metrics.",
+        help="A recording of Engine(record=...), or the URL of the metrics of an engine on this "
+        "machine, such as http://127.0.0.1:9400/metrics.",
         show_default=False,
     ),
 ]
 _Once = Annotated[
-    bool, typer.Option("--once", help="Print the last moment, and exit.", show_default=False)
+    bool, typer.Option("--once", help="Print the last state and exit.", show_default=False)
 ]
 _Follow = Annotated[
     bool,
@@ -43,7 +43,7 @@ _Speed = Annotated[
     float,
     typer.Option(metavar="X", min=0.001, max=1e6, help="Play a recording X times as fast."),
 ]
-_Prefix = Annotated[str, typer.Option(metavar="NAME", help="Prefix of the metrics.")]
+_Prefix = Annotated[str, typer.Option(metavar="NAME", help="Prefix of the names of the metrics.")]
 
 
 def top(

@@ -6,12 +6,12 @@
     {"step":2,"t":0.025}
     {"closed":3}
 
-A step lists what changed since the step before. Without a key, nothing of its kind changed. So a
-step in which the same sequences grow by one token has a number and a time only. `docs/guides/
-recordings.md` describes each key for readers in other languages.
+A step lists what changed since the step before. A missing key means no change of that kind. So a
+step in which the same sequences grow by one token has only its number, time and counts.
+`docs/guides/recordings.md` describes each key for programs in other languages.
 
-Every value is checked when a line is read: its type, and its bounds. `replay` checks the rest:
-whether a sequence lives, or a block exists.
+Reading a line checks the type and bounds of every value. `replay` checks the rest, such as whether
+a sequence is live or a block exists.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class Header(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Blocks at one moment. `held + cached + kept + free` is all that may be handed out.
+    """Blocks by state at one step. `held + cached + kept + free` are all usable device blocks.
 
-    `cached` are held by no sequence; `kept` neither, but pinned or in an unfinished copy. `host`
-    are the host blocks of swapped sequences. `tokens` are the slots in use of held blocks; a
-    shared slot counts once.
+    No sequence holds `cached` and `kept` blocks; `kept` ones are pinned or in an unfinished copy.
+    `host` counts the host blocks of swapped sequences. `tokens` counts the slots in use of held
+    blocks; a shared slot counts once.
     """
 
     held: int
@@ -101,7 +101,7 @@ class Totals(NamedTuple):
 
 
 class TierCounts(NamedTuple):
-    """The blocks of a store, None if it does not know, and bytes since it was opened."""
+    """The number of blocks in a store, None if unknown, and bytes moved since it was opened."""
 
     blocks: int | None
     loaded_bytes: int
@@ -119,18 +119,18 @@ class Step(NamedTuple):
         t: seconds since `Header.started`.
         num_blocks: the pool was resized.
         uncached: blocks that left the prefix index.
-        cached: lists of a parent and the blocks published behind it, each behind the one before.
-            Parent -1: at the front of a prompt. A block listed again moved there.
+        cached: lists of a parent and new cached blocks. Each block follows the one before it in
+            the prefix tree. Parent -1 is the root. A block listed again has moved.
         end: sequences that ended.
-        begin: (sequence, request or None, cached tokens) of those that begin, still empty.
+        begin: (sequence, request or None, cached tokens) of new sequences, still without blocks.
         decode: sequences that grow by one token in every group, now and in each step until the
             next `decode`; None for the same as before.
         len: (sequence, tokens), or (sequence, tokens, group).
-        blocks: (sequence, group, n, blocks): the table keeps n entries, then has these. -1 is no
-            block, -2 - h is host block h.
+        blocks: (sequence, group, n, blocks): keep the first n entries of the table, then append
+            these blocks. -1 is no block, -2 - h is host block h.
         new: (request, prompt tokens, maximum new tokens, samples) of requests that arrived.
         state: (request, one of `STATES`).
-        prefill: (sequence, first, tokens) of parts of prompts that the step computes.
+        prefill: (sequence, first token, tokens) of prompt chunks that the step computes.
         counts, totals, tiers: None for the same as before.
     """
 

@@ -1,4 +1,4 @@
-"""Reads a recording line by line, in bounded memory, and trusts nothing in it."""
+"""Reads an untrusted recording line by line, in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Recording:
     def __init__(self, path: str | Path, wait: Callable[[], bool] | None = None) -> None:
         """Read the header. O(1).
 
-        `wait` is called at the end of a recording that is still being written. It waits for more,
-        and returns False to stop.
+        `wait` is called at the end of a recording that is still being written. It waits for further
+        lines, and returns False to stop reading.
         Raises: `OSError` if the file cannot be read; `ValueError` if it is no recording.
         """
         self.path = Path(path)

@@ -1,8 +1,8 @@
-"""Records a manager, and perhaps a scheduler and tiers, step by step.
+"""Records a manager, and optionally a scheduler and tiers, step by step.
 
-with Recorder.open("run.jsonl", manager, source="manager") as recorder:
+with Recorder.open("run.jsonl", manager, Described("manager")) as recorder:
     ...                         # allocate, append, free
-    recorder.step()             # a line with what changed
+    recorder.step()             # writes a line with what changed
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TierTotals = Iterable[tuple[int | None, int, int]]  # as `TierCounts`
 
 
 class Described(NamedTuple):
-    """Parts of a header that a manager does not know; see `Header`."""
+    """The parts of a header that the manager cannot give; see `Header`."""
 
     source: str
     mode: str = "paged"
@@ -62,8 +62,8 @@ class Recorder:
 
     Args:
         writer: receives the lines; `close` closes it.
-        manager: is compared with itself at each step.
-        requests: which hold the sequences of the manager; None if it has no requests.
+        manager: each step records how it differs from the step before.
+        requests: the requests that hold its sequences; None without requests.
         tiers: returns the counts of each store; None without tiers.
     """
 
@@ -113,10 +113,10 @@ class Recorder:
         return cls(RecordingWriter(path, header), manager, requests, tiers)
 
     def step(self, plan: StepPlan | None = None, *, is_needed: bool = True) -> None:
-        """Append a line for a step that was planned, or for any moment. O(changes), mostly.
+        """Append a line for the step of `plan`, or for the current state. O(changes), mostly.
 
-        Unless `is_needed`, only if there is news. See `Changes.look`. Never raises: after an error
-        it records nothing more.
+        `Changes.look` gives the exact cost. With `is_needed=False`, appends a line only after a
+        change. Never raises: an error ends the recording.
         """
         if not self._writer.is_open:
             return
@@ -129,14 +129,14 @@ class Recorder:
             self._writer.give_up(repr(error))
 
     def follow(self, manager: BlockManager) -> None:
-        """Record another manager from the next step on, in place of one that is gone. O(1).
+        """Record `manager` from the next step on, in place of the present one. O(1).
 
-        Its blocks must have as many slots, and it must have as many groups of layers.
+        Both must have the same block size and number of layer groups.
         """
         manager.queries.changes(self._changes)
 
     def close(self) -> None:
-        """Append the last news and the end, and close the file. See `RecordingWriter.close`."""
+        """Append the last changes and the end, and close the file. See `RecordingWriter.close`."""
         self._tiers_due = 0.0
         self.step(is_needed=False)
         self._writer.write(encoded({"closed": self._num_steps}))

@@ -1,4 +1,4 @@
-"""Writes the lines of a recording on a thread of its own, so that no step waits for a disk."""
+"""Writes the lines of a recording in a background thread, so that no step waits for a disk."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ _BEGINS = f'{{"format":"{FORMAT}"'.encode()
 
 
 class RecordingWriter:
-    """A file that lines are appended to. Thread-safe.
+    """Appends lines to a file. Thread-safe.
 
-    An error, such as a full disk, ends the recording with one warning in the log. What was written
-    before can be read.
+    An error, such as a full disk, ends the recording with one warning in the log. The lines written
+    before stay readable.
     """
 
     def __init__(self, path: str | os.PathLike[str], header: Header) -> None:
-        """Open the file for its owner alone, and write the header. O(1).
+        """Open the file and write the header. O(1).
 
-        Overwrites an empty file or an earlier recording.
+        Only its owner can read a new file. Overwrites an empty file or an earlier recording, which
+        keeps its permissions.
         Raises: `OSError` if the file cannot be written; `ValueError` for another file, and for a
         recording that is still being written.
         """
@@ -62,7 +63,7 @@ class RecordingWriter:
         return self._is_open and os.getpid() == self._process
 
     def write(self, line: bytes) -> None:
-        """Append a line soon. O(1); never waits, never raises. Does nothing once closed."""
+        """Hand a line to the thread. O(1); never waits or raises. Does nothing once closed."""
         if not self.is_open:  # in a fork, the lock may stay locked
             return
         with self._lock:
@@ -83,7 +84,7 @@ class RecordingWriter:
             logger.warning("recording %s ends here: %s", self.path, why)
 
     def close(self) -> None:
-        """Write what is left, and close the file. Idempotent. Does nothing in a fork.
+        """Write the waiting lines, and close the file. Idempotent. Does nothing in a fork.
 
         Waits at most 5 s for the disk.
         """
@@ -123,7 +124,7 @@ class RecordingWriter:
 
 
 def _opened(path: Path) -> int:
-    """Return a descriptor of an empty regular file that only its owner may read."""
+    """Return a descriptor of an empty regular file. Only its owner can read a new file."""
     # Without O_NONBLOCK, opening a pipe would wait for a reader.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     file = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)

@@ -32,7 +32,7 @@ class Life:
 
     @property
     def interest(self) -> tuple[int, int]:
-        """Return more for a life in which more happened. O(states)."""
+        """Return a sort key: larger for a life with more kinds of events. O(states)."""
         # Many times the same state says little.
         return len(self.kinds) + (self.end is not None), min(len(self.states), 6)
 

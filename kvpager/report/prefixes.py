@@ -15,7 +15,7 @@ REQUESTS_MAX = 8  # named at a node; the others are counted
 
 
 class Node(TypedDict):
-    """A run of blocks, `parent` is the index of the run before it, -1 for none."""
+    """A run of blocks. `parent` is the index of the run before it, -1 for none."""
 
     parent: int
     blocks: int

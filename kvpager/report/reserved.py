@@ -1,9 +1,9 @@
 """The naive allocator on the same sequences: one region of the maximum length for each.
 
-A sequence takes a region when it begins, or later when one becomes free, in order. It keeps the
-region until its end. Until it has one, a server without paging would refuse it or let it wait. A
-waiting sequence loses no time here: with its region it is as far as it is when paged. So the
-comparison favours the naive allocator.
+A sequence takes a region when it begins. If none is free, it waits, first come, first served. It
+keeps the region until it ends. A sequence that gets a region late has as many tokens as in the
+recording from then on. A real server would have computed fewer. So the comparison favours the naive
+allocator.
 """
 
 from __future__ import annotations
