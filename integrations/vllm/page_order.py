@@ -1,7 +1,7 @@
-"""Where vLLM keeps each number of a block. Its attention backend is asked, not described.
+"""Finds where vLLM stores each number of a block in a page, whatever its attention backend.
 
-Backends pack the keys of a page for their instructions. So a block with known numbers is written
-with vLLM's own code, and each number is looked for in the page.
+Backends pack the keys of a page for their instructions. So kvpager writes a block of known numbers
+with vLLM's own code, and looks up the place of each number in the page.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def page_orders(
 ) -> list[PageOrder]:
     """Return the order of each layer of the only group. O(numbers of a page * layers).
 
-    `pages` are those of each layer, by its name. Raises: `NotImplementedError` if vLLM does not
-    keep each number of a block once in its page.
+    `pages` has the pages of each layer, by the layer's name. Raises: `NotImplementedError` if a
+    page of vLLM does not hold each number of a block exactly once.
     """
     [group] = kv_cache_config.kv_cache_groups
     context = vllm_config.compilation_config.static_forward_context
@@ -52,7 +52,7 @@ def page_orders(
         write = partial(layer.impl.do_kv_cache_update, layer)
         try:
             if len(its_pages) != kv_cache_config.num_blocks:
-                raise ValueError("its blocks are divided into smaller pages")
+                raise ValueError("vLLM divides its blocks into smaller pages")
             order = page_order(write, its_pages, vllm_config.cache_config.block_size, shape)
         except ValueError as error:
             raise NotImplementedError(f"cross_stack: {name}: {error}") from None
@@ -65,10 +65,10 @@ def page_orders(
 def page_order(
     write: Write, pages: Tensor, num_tokens: int, layer: tuple[int, int, int]
 ) -> PageOrder:
-    """Return the order of pages of a layer: (kv heads, head dim, value head dim). O(numbers).
+    """Return the order of a layer's pages. O(numbers).
 
-    `write` writes to a page made like the first of `pages`. Raises: `ValueError` if the page does
-    not hold each number once.
+    `layer` is (kv heads, head dim, value head dim). `write` writes to a new page with the strides
+    of `pages`. Raises: `ValueError` if the page does not hold each number exactly once.
     """
     heads, key_dim, value_dim = layer
     num_keys, total = num_tokens * heads * key_dim, num_tokens * heads * (key_dim + value_dim)
@@ -89,6 +89,6 @@ def page_order(
         weight *= _DIGITS
     places = np.flatnonzero(is_used)
     if not np.array_equal(np.sort(found[places]), numbers):
-        raise ValueError("its pages do not hold each number of a block once")
+        raise ValueError("its pages do not hold each number of a block exactly once")
     order = places[np.argsort(found[places])]
     return PageOrder(order[:num_keys], order[num_keys:])

@@ -64,19 +64,18 @@ class EngineConfig:
         model_id: the name of the weights and their revision, for tiers, the same in all processes.
             None takes a digest of the model.
         cross_stack: True shares blocks with other serving stacks, such as vLLM, that have the same
-            `tiers`, `model_id` and `block_size`. The engine first computes a probe prompt, and
-            compares it with what they stored.
+            `tiers`, `model_id` and `block_size`. First the engine computes the keys and values of a
+            probe prompt, and compares them with those that another stack stored.
         role: `"prefill"` answers with the first token, and ends a request when the tiers have the
             full blocks of its prompt. `"decode"` computes the rest elsewhere. Both need tiers that
             other processes read.
-        mode: how sequences find their KV. `"paged"` is blocks anywhere. `"virtual"` maps them into
-            a range of addresses for each sequence (Linux, CPU). `"reserved"` is a region of
-            `max_model_len` tokens for each sequence, as before paging, for comparison.
+        mode: the memory management. `"paged"`: blocks anywhere in the pool. `"virtual"` (Linux)
+            also maps the blocks of each sequence into a range of addresses. `"reserved"`: a region
+            of `max_model_len` tokens for each sequence, as before paging, for comparison.
         kv_events: where routers learn which prompts are cached: an address such as
             `"tcp://127.0.0.1:5557"`, or `KVEvents`. None for nowhere.
-        record: a file in which to record each step, for `kvpager report` and `kvpager top`: which
-            blocks each request holds, and where each request is. None for none. See
-            `docs/guides/recordings.md`.
+        record: path of a recording for `kvpager report` and `kvpager top`: the blocks and the state
+            of each request at each step. None for no recording. See `docs/guides/recordings.md`.
 
     Raises: `TypeError`, `ValueError` for settings of a wrong type or value.
     """
@@ -135,7 +134,8 @@ class EngineConfig:
             raise TypeError(f"record={shown}: expected the path of a file, or None.")
         if self.record is not None and self.mode == "reserved":
             raise ValueError(
-                "record: regions are not recorded. Record mode='paged'; the report shows both."
+                "record: mode='reserved' cannot be recorded. Record mode='paged': its report shows "
+                "reserved regions, too."
             )
 
     def _check_tiers(self) -> None:
@@ -176,8 +176,8 @@ class EngineConfig:
         ):  # fmt: skip
             if getattr(self, name) != default:
                 raise ValueError(
-                    f'{name}: mode="reserved" has regions, and no blocks that could leave. Leave '
-                    f'{name} out, or take mode="paged".'
+                    f'{name}: mode="reserved" does not support it. Leave {name} out, or pass '
+                    'mode="paged".'
                 )
 
     @property

@@ -188,5 +188,5 @@ def test_a_file_that_is_no_recording_is_refused_before_the_engine_starts(tmp_pat
 def test_record_is_a_path_and_not_of_regions() -> None:
     with pytest.raises(TypeError, match="record=True: expected the path of a file"):
         EngineConfig(record=True)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="record: regions are not recorded"):
+    with pytest.raises(ValueError, match="record: mode='reserved' cannot be recorded"):
         EngineConfig(record="run.jsonl", mode="reserved")

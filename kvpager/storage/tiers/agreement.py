@@ -1,14 +1,15 @@
-"""One cache for several serving stacks: the bytes they share, and the self-test before they do.
+"""One cache for several serving stacks: their common layout, and the self-test before they share.
 
-Each stack writes a block as `CommonLayout` says. Before it reads or writes any, it computes the
-keys and values of a probe prompt, and compares them with those that the first stack stored:
+Each stack writes blocks in the `CommonLayout`. Before a stack reads or writes a block, it computes
+the keys and values of a probe prompt, and compares them with the reference: those that the first
+stack stored.
 
-    nothing stored    its own become the reference
-    they agree        it takes the reference
-    they differ       its own are its reference: it shares with no other stack
+    no reference stored     the stack stores its own as the reference
+    within the tolerance    the stack uses the stored reference
+    beyond the tolerance    the stack uses its own as the reference, and shares no blocks
 
-All keys of blocks cover the reference. So blocks of stacks that disagree are never mixed up, even
-if a store loses the reference.
+The key of each block covers the reference. So stacks that disagree never read each other's blocks,
+even if a store loses the reference.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ PROBE_TOKENS = 512
 
 
 class Difference(NamedTuple):
-    """How far keys and values of two stacks are from each other, as parts of their size.
+    """The relative difference between the keys and values of two stacks.
 
-    The first layer follows a few operations, so it shows each error of positions, heads or layout,
-    and little rounding. Later layers add the rounding of all layers before them.
+    Few operations come before the first layer. So its difference shows errors of positions, heads
+    or layout, and little rounding. Later layers add the rounding of all layers before them.
 
     Attributes:
-        first: of the first layer, the largest of all tokens.
-        later: of the other layers, the root mean square over tokens, the largest of all layers.
+        first: the first layer: maximum over tokens.
+        later: the other layers: root mean square over tokens, maximum over layers.
     """
 
     first: float
     later: float
 
     def is_within(self, other: Difference) -> bool:
-        """Return True if neither part is above that of `other`, or NaN. O(1)."""
+        """Return True if both parts are at most those of `other`, and not NaN. O(1)."""
         return self.first <= other.first and self.later <= other.later
 
 
@@ -65,17 +66,17 @@ TOLERANCES = {
 }
 _LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of rotary embeddings
 _LOAD_S, _SAVE_S = 10.0, 30.0
-_OFFERS = 2  # a store without room admits what is offered twice
+_OFFERS = 2  # a full store admits a block when it is offered for the second time
 
 Blocks = NDArray[np.uint8]
 
 
 class CommonLayout(NamedTuple):
-    """What a block holds, whichever stack wrote it.
+    """The layout of a block that all stacks share.
 
-    For each layer, in the order of the model, the keys and then the values: both
-    [block_size, kv heads, head dim], keys after the rotary embedding. A `BlockStorage` of mode
-    "paged" keeps its blocks so.
+    A block has, for each layer in the model's order, the keys and then the values. Both are
+    [block_size, kv heads, head dim], with keys after the rotary embedding. A `BlockStorage` of mode
+    "paged" has this layout.
 
     Attributes:
         block_size: tokens of a block.
@@ -91,10 +92,13 @@ class CommonLayout(NamedTuple):
     def of(
         cls, block_size: int, layers: Sequence[tuple[int, int, int]], dtype: str
     ) -> CommonLayout:
-        """Check and return a layout. O(layers). Raises: `ValueError` for one of no use here."""
+        """Check and return a layout. O(layers). Raises: `ValueError` if stacks cannot share it."""
         size = arguments.block_size(block_size)
         if size > PROBE_TOKENS:
-            raise ValueError(f"cross_stack: blocks have {size} tokens, at most {PROBE_TOKENS} may.")
+            raise ValueError(
+                f"cross_stack: block_size={size}: expected at most {PROBE_TOKENS}, the tokens of "
+                "the probe. Lower it."
+            )
         if dtype not in TOLERANCES:
             raise ValueError(
                 f"cross_stack: keys and values are {dtype}, expected {listed(TOLERANCES)}."
@@ -103,7 +107,7 @@ class CommonLayout(NamedTuple):
 
     @property
     def layout(self) -> BlockLayout:
-        """The name and size of these blocks. O(layers)."""
+        """The `BlockLayout` of these blocks: their name and size. O(layers)."""
         return BlockLayout.of(
             block_size=self.block_size,
             layers=self.layers,
@@ -118,12 +122,12 @@ class CommonLayout(NamedTuple):
 
     @property
     def part_elements(self) -> list[int]:
-        """The number of numbers in keys and in values of each layer, in order. O(layers)."""
+        """The elements in the keys and in the values of each layer, in order. O(layers)."""
         dims = (dim for heads, *both in self.layers for dim in (heads * both[0], heads * both[1]))
         return [self.block_size * dim for dim in dims]
 
     def parts(self, blocks: Blocks) -> Iterator[NDArray[np.float32]]:
-        """Yield keys or values of all tokens, float32 [tokens, heads * dim], in order. O(bytes).
+        """Yield the keys, then the values of each layer: float32 [tokens, heads * dim]. O(bytes).
 
         `blocks` is uint8 [n, bytes of a block].
         """
@@ -134,10 +138,10 @@ class CommonLayout(NamedTuple):
             start += count
 
     def difference(self, ours: Blocks, theirs: Blocks) -> Difference:
-        """Return how far keys and values are from theirs. O(bytes).
+        """Return the relative difference between our keys and values and theirs. O(bytes).
 
-        Lengths of vectors of a token are divided by their root mean square in that layer. Parts are
-        NaN or infinite if a number is.
+        The length of a token's difference vector is divided by the root mean square length of their
+        vectors in that layer. A NaN or infinite input makes the result NaN or infinite.
         """
         worst, means = list[float](), list[float]()
         with np.errstate(all="ignore"):
@@ -150,7 +154,7 @@ class CommonLayout(NamedTuple):
 
 
 def probe_prompt() -> Int32:
-    """Return the token ids of the probe, int32 [512]: all from 3 to 66. O(tokens)."""
+    """Return the token ids of the probe, int32 [512], each from 3 to 66. O(tokens)."""
     steps = np.arange(PROBE_TOKENS, dtype=np.int64)
     return (3 + (steps * steps * 7 + steps // 8) % 64).astype(np.int32)
 
@@ -159,17 +163,17 @@ def check_shared(tiers: Sequence[str | BlockStore], model_id: str | None) -> Non
     """Raise `ValueError` unless other stacks can read the stores and know the model. O(tiers)."""
     if are_private(tiers):
         raise ValueError(
-            "cross_stack: no other process reads the tiers. Pass tiers= with a store that both "
-            'stacks use, such as "valkey://cache:6379".'
+            "cross_stack: no other process reads the tiers. Add a store that both stacks use, such "
+            'as "valkey://cache:6379".'
         )
     if model_id is None:
-        raise ValueError("cross_stack: stacks know a model by its name. Pass model_id=.")
+        raise ValueError("cross_stack: stacks find a model by its name. Pass model_id=.")
 
 
 def rope_obstacle(config: Any) -> str | None:
-    """Return why prompts of a model cannot be shared: keys depend on their length. O(1).
+    """Return why blocks of a model cannot be shared: keys depend on the prompt's length. O(1).
 
-    `config` is a configuration of transformers, which vLLM uses, too.
+    None if they do not. `config` is a configuration of transformers, which vLLM uses, too.
     """
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if kind not in _LENGTH_DEPENDENT:
@@ -178,7 +182,7 @@ def rope_obstacle(config: Any) -> str | None:
 
 
 def probe_request() -> list[int]:
-    """Return the probe and one more token, as a prompt: some stacks keep what is before the last.
+    """Return the probe and one more token, because some stacks do not cache the last token.
 
     O(tokens).
     """
@@ -190,8 +194,8 @@ class Agreement(NamedTuple):
 
     Attributes:
         model: the model's name in the keys of blocks. It covers the reference.
-        difference: from the reference; None if no store keeps it.
-        is_shared: False if this stack keeps its blocks apart.
+        difference: the difference from the reference; None if no store has kept it.
+        is_shared: False if this stack does not share its blocks.
     """
 
     model: str
@@ -204,9 +208,9 @@ def agree(
 ) -> Agreement:
     """Compare the blocks of `probe_prompt` with the reference of a model. O(bytes of the probe).
 
-    The store that is asked last has the reference: it is the one that most processes share. Logs
-    the result; a disagreement as a warning. Waits for stores, up to a minute. `probe` is uint8
-    [512 / block_size, bytes of a block].
+    If several stores have a reference, the last store's counts: most processes share that store.
+    Logs the result, and a disagreement as a warning. Waits for stores, about a minute at most.
+    `probe` is uint8 [512 / block_size, bytes of a block].
     """
     stores = [store for store in stores if not getattr(store, "is_private", False)]
     layout = common.layout
@@ -216,7 +220,7 @@ def agree(
     theirs = _stored(stores, keys, probe)
     if theirs is None:
         _save(stores, keys, probe)
-        theirs = _stored(stores, keys, probe)  # of a stack that came at the same time
+        theirs = _stored(stores, keys, probe)  # perhaps of a stack that started at the same time
     difference = None if theirs is None else common.difference(probe, theirs)
     is_shared = difference is None or difference.is_within(TOLERANCES[common.dtype])
     reference = probe if theirs is None or not is_shared else theirs
@@ -237,9 +241,9 @@ def _log(agreement: Agreement, common: CommonLayout, model_id: str) -> None:
         logger.info("kvpager: %s are shared with other stacks (differences: %s)", blocks, found)
     else:
         logger.warning(
-            "kvpager: cross_stack is off: keys and values of the probe differ from what another "
-            "stack stored (first and later layers: %s). Weights, rotary embedding or layout "
-            "differ. The %s are kept apart.",
+            "kvpager: cross_stack is off: keys and values of the probe differ from those of "
+            "another stack (first and later layers: %s). Check weights, rotary embedding and "
+            "layout. The %s are not shared.",
             found, blocks,
         )  # fmt: skip
 
@@ -249,7 +253,7 @@ def _shown(difference: Difference) -> str:
 
 
 def _stored(stores: Sequence[BlockStore], keys: list[bytes], like: Blocks) -> Blocks | None:
-    """Return the first full set of blocks that a store has, from the last store on."""
+    """Return the blocks from the last store that has all of them; None if no store has."""
     for store in reversed(stores):
         found = np.empty_like(like)
         deadline = time.monotonic() + _LOAD_S
@@ -261,7 +265,7 @@ def _stored(stores: Sequence[BlockStore], keys: list[bytes], like: Blocks) -> Bl
 
 
 def _save(stores: Sequence[BlockStore], keys: list[bytes], blocks: Blocks) -> None:
-    """Offer blocks to all stores. Those that have a block keep theirs."""
+    """Offer blocks to all stores. A store that has a block keeps its own."""
     buffers = [memoryview(block) for block in blocks]
     for store in stores:
         for _ in range(_OFFERS):
@@ -271,7 +275,7 @@ def _save(stores: Sequence[BlockStore], keys: list[bytes], blocks: Blocks) -> No
 
 
 def _as_float32(blocks: Blocks, dtype: str) -> NDArray[np.float32]:
-    """Return numbers as float32: NumPy has no bfloat16, which is the upper half of a float32."""
+    """Return elements as float32. NumPy has no bfloat16, the upper half of a float32."""
     if dtype == "bfloat16":
         return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return blocks.view("<f4" if dtype == "float32" else "<f2").astype(np.float32)

@@ -119,7 +119,7 @@ def test_a_model_without_100_tokens_can_compute_the_probe() -> None:
     ("block_size", "dtype", "why"),
     [
         (48, "float32", "power of two"),
-        (1024, "float32", "blocks have 1024 tokens, at most 512"),
+        (1024, "float32", "block_size=1024: expected at most 512"),
         (16, "fp8_e4m3", "keys and values are fp8_e4m3"),
     ],
 )

@@ -148,7 +148,7 @@ def test_cross_stack_is_a_bool() -> None:
         ("llama", {"max_position_embeddings": 256}, {}, "it takes 256 tokens"),
         ("llama", {}, {"kv_cache_dtype": "int8"}, "rounds in kvpager's own way"),
         ("llama", {}, {"mode": "reserved"}, "orders blocks by token"),
-        ("llama", {}, {"block_size": 1024}, "blocks have 1024 tokens"),
+        ("llama", {}, {"block_size": 1024}, "block_size=1024"),
         ("qwen3_next", {}, {}, "not kept in blocks"),
         (
             "llama",

@@ -130,8 +130,14 @@ def test_samples_of_a_request_have_a_region_each() -> None:
     ("settings", "message"),
     [
         ({"mode": "flat"}, "mode='flat': expected one of"),
-        ({"mode": "reserved", "host_memory": "1MiB"}, 'host_memory: mode="reserved" has regions'),
-        ({"mode": "reserved", "eviction": "lifetime"}, 'eviction: mode="reserved" has regions'),
+        (
+            {"mode": "reserved", "host_memory": "1MiB"},
+            'host_memory: mode="reserved" does not support it',
+        ),
+        (
+            {"mode": "reserved", "eviction": "lifetime"},
+            'eviction: mode="reserved" does not support it',
+        ),
         ({"mode": "reserved", "memory": "8KiB"}, "memory='8KiB': a region of max_model_len="),
     ],
 )
