@@ -1,11 +1,11 @@
 """Modes of managing KV memory, behind one interface: paged, virtual and reserved.
 
-    paged     blocks anywhere in the pool; attention follows block tables
-    virtual   blocks anywhere in the pool, and mapped into a range of addresses for each row: so
-              attention reads a row as one tensor (vAttention, Prabhu et al. 2024); on a GPU too
-    reserved  one region for each row, as long as the longest sequence: what paging replaced
+    paged     blocks anywhere in the pool; attention reads them through block tables
+    virtual   the same blocks, also mapped into a range of addresses for each row, so that attention
+              reads a row as one tensor (vAttention, Prabhu et al. 2024); on a CPU or a GPU
+    reserved  a region of the maximum length for each row, as before paging
 
-`BlockStorage(mode=...)` chooses one.
+`BlockStorage(mode=...)` and `Engine(mode=...)` choose one.
 """
 
 from typing import Literal
@@ -27,7 +27,7 @@ _MODES: dict[str, type[Mode]] = {each.name: each for each in (Paged, Virtual, Re
 def mode_named(name: str, device: torch.device | str = "cpu") -> Mode:
     """Return a mode by its name, for blocks on `device`. O(1).
 
-    Raises: `ValueError` for an unknown one; "virtual" on a GPU: errors of `VirtualOnGpu`.
+    Raises: `ValueError` for an unknown name. For "virtual" on a GPU, also as `VirtualOnGpu`.
     """
     if name not in _MODES:
         raise ValueError(f"mode={name!r}: expected one of {listed(_MODES)}")

@@ -26,7 +26,7 @@ _REFUSED = {"CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_PERMITTED"}
 
 @cache
 def cuda_device(index: int) -> CudaDevice:
-    """Return the GPU `index` of this process, as torch counts. O(1).
+    """Return the GPU with torch's number `index`. O(1).
 
     Raises: `ModuleNotFoundError` without cuda-bindings; torch's errors without a GPU.
     """
@@ -60,12 +60,12 @@ class Mark:
 
 
 class CudaDevice:
-    """One GPU: its memory, its addresses, and what maps one at the other.
+    """Memory and addresses of one GPU, and the calls that map memory at addresses.
 
     A forked child process cannot use a GPU of its parent: each call raises `RuntimeError` there.
 
     Attributes:
-        index: the GPU, as torch counts.
+        index: torch's number of the GPU.
         page_bytes: the granularity of mappings, 2 MiB on GPUs so far.
     """
 
@@ -91,10 +91,10 @@ class CudaDevice:
         return os.getpid() == self._process
 
     def create(self, count: int, num_bytes: int) -> list[Handle]:
-        """Return `count` pieces of memory of `num_bytes` each, mapped nowhere. O(count).
+        """Return `count` pieces of memory of `num_bytes` each, not yet mapped. O(count).
 
-        If memory is short, drops torch's unused memory and tries again. Raises:
-        `torch.OutOfMemoryError`; then none is made.
+        If memory is short, empties torch's cache of unused memory and tries again. Raises:
+        `torch.OutOfMemoryError`; then no memory is taken.
         """
         made: list[Handle] = []
         try:
@@ -120,10 +120,10 @@ class CudaDevice:
             return self._call("cuMemCreate", num_bytes, self._properties, 0)
 
     def release(self, handles: list[Handle]) -> None:
-        """Empty a list of `create`. O(handles).
+        """Release the memory of `create`, and empty the list. O(handles).
 
-        Memory that is mapped is freed with its last mapping. A handle whose release fails stays in
-        the list, and its error is raised after the other releases.
+        Mapped memory is freed with its last mapping. If a release fails, its handle stays in the
+        list, and the error is raised after the other releases.
         """
         failed: list[Handle] = []
         problem: RuntimeError | None = None
@@ -143,13 +143,13 @@ class CudaDevice:
         return int(self._call("cuMemAddressReserve", num_bytes, self.page_bytes, 0, 0))
 
     def free(self, address: int, num_bytes: int) -> None:
-        """Return all addresses of `reserve`, at which nothing is mapped. O(1)."""
+        """Give all addresses of `reserve` back. Nothing may be mapped there. O(1)."""
         self._call("cuMemAddressFree", address, num_bytes)
 
     def map(self, address: int, num_bytes: int, handles: Sequence[Handle]) -> None:
-        """Map memory of `num_bytes` per handle from `address` on. O(handles).
+        """Map handles of `num_bytes` each, one after the other, from `address` on. O(handles).
 
-        Nothing may be mapped there. If a call fails, nothing is mapped there afterwards.
+        Nothing may be mapped there before. After an error, nothing is mapped there.
         """
         try:
             for number, handle in enumerate(handles):

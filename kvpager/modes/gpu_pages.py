@@ -1,11 +1,10 @@
-"""Pages of GPU memory that may be mapped at several addresses, through CUDA's virtual memory.
+"""Pages of GPU memory that can be mapped at several addresses, with CUDA's virtual memory.
 
-    create  ──▶ a page's memory, once          mapped in the pool, and in ranges of addresses
-    unmap   ◀── after the work queued so far   nothing waits before the place is needed again
+    create   makes the memory of a page once; it is mapped in the pool and in ranges of addresses
+    unmap    happens after the work queued so far; nothing waits until a place is needed again
 
-A page that is mapped twice is one memory. A kernel that writes through one address and reads
-through another sees the write only if an earlier kernel made it: appends, copies and attention are
-kernels of their own.
+All addresses of a page are the same memory. But a kernel may not see its own writes through another
+address; it sees those of earlier kernels. So appends, copies and attention are separate kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class GpuPagePool:
     """Equal pages of one GPU: mapped once as a pool, and again wherever `open_range` shows them."""
 
     def __init__(self, device: CudaDevice, num_pages: int, page_bytes: int) -> None:
-        """Take memory for pages, with any content. O(pages).
+        """Allocate uninitialised pages. O(pages).
 
         Raises: `ValueError` if `page_bytes` is not a multiple of the GPU's pages;
         `torch.OutOfMemoryError`; `RuntimeError` if the GPU or its driver cannot map memory.
@@ -51,7 +50,7 @@ class GpuPagePool:
         self.resize(num_pages)
 
     def resize(self, num_pages: int) -> None:
-        """Let `pages` be the first `num_pages` pages; the content of new ones is any. O(pages).
+        """Shrink or grow `pages` to `num_pages` pages. New ones are uninitialised. O(pages).
 
         Earlier views of `pages` show the same memory. The memory of dropped pages is freed when no
         view and no row shows it. Raises: as the constructor; the pool is unchanged.
@@ -80,10 +79,10 @@ class GpuPagePool:
 
 
 class GpuAddressRange:
-    """A range of addresses in which pages are shown. What is not mapped must not be read.
+    """A range of addresses in which pages are shown. Not thread-safe.
 
-    A kernel that reads or writes outside of the mapped pages ends the use of the GPU by this
-    process ("illegal memory access"). Not for several threads at a time.
+    If a kernel reads or writes outside of the mapped pages, this process can no longer use the GPU
+    ("illegal memory access").
     """
 
     def __init__(
@@ -134,10 +133,10 @@ class GpuAddressRange:
             self._streams.append(stream)
 
     def show(self, changes: Iterable[tuple[int, int, int]]) -> None:
-        """Show runs of pages at runs of places: (place, first page or `NO_PAGE`, count) each.
+        """Show runs of pages at runs of places. O(pages changed + places to unmap).
 
-        A place keeps its memory until the work queued so far has ended. Only a place that shows
-        another page at once waits for that. O(pages changed + places leaving).
+        A change is (place, first page or `NO_PAGE`, count). A place keeps its memory until the work
+        queued so far has ended. The call waits for that only if a place shows another page at once.
 
         Raises: `RuntimeError` while a CUDA graph is captured, or if the driver refuses;
         `torch.OutOfMemoryError`. Then the next call shows what is missing.
@@ -151,7 +150,7 @@ class GpuAddressRange:
             none = [None] * count
             memory = none if page == NO_PAGE else self._pages[page : page + count]
             wanted.update(zip(range(place, place + count), memory, strict=True))
-        for _, places in self._leaving:  # what is shown again stays, and the rest leaves below
+        for _, places in self._leaving:  # the code below decides on `wanted` again
             places.difference_update(wanted)
         leaving = {
             place

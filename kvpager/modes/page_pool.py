@@ -81,7 +81,7 @@ class PagePool:
                 raise _error("cannot give memory back")
 
     def open_range(self, num_pages: int, num_mappings: int) -> AddressRange:
-        """Reserve addresses of `num_pages` pages, for up to `num_mappings` runs. See there."""
+        """Reserve addresses of `num_pages` pages, as `AddressRange` describes."""
         return AddressRange(self, num_pages, num_mappings)
 
     def map(self, address: int, page: int, count: int = 1) -> None:

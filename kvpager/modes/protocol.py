@@ -29,22 +29,24 @@ class PageRange(Protocol):
         """Note that work queued from now on may read the range. O(1)."""
 
     def show(self, changes: Iterable[tuple[int, int, int]]) -> None:
-        """Show runs of pages at runs of places: (place, first page or `NO_PAGE`, count) each.
+        """Show runs of pages at runs of places. O(pages).
 
-        O(pages). Raises: the system's error if it refuses. Call `show` again for all changes then.
+        A change is (place, first page or `NO_PAGE`, count). Raises: the system's error if it
+        refuses. Then call `show` again with all changes.
         """
 
     def part_from_pages(self, place: int, count: int) -> None:
-        """Replace the pages shown at places by a private copy of their content. O(bytes)."""
+        """Replace the pages at `count` places from `place` on by a private copy. O(bytes)."""
 
 
 class Pages(Protocol):
-    """Equal pages of memory, as one tensor, which ranges of addresses show again.
+    """Pages of memory of one size, as one tensor. Ranges of addresses show the same memory again.
 
     Attributes:
-        page_bytes: of each page.
+        page_bytes: bytes of a page.
         pages: all pages, uint8 [pages, page_bytes].
-        num_drops: changes if a page of a number becomes other memory. Ranges then show the old one.
+        num_drops: grows when pages are dropped. A page with the same number may then be other
+            memory, and ranges still show the old memory.
     """
 
     page_bytes: int
@@ -52,17 +54,18 @@ class Pages(Protocol):
     num_drops: int
 
     def resize(self, num_pages: int) -> None:
-        """Let `pages` be the first `num_pages` pages. Raises: errors of the allocation."""
+        """Shrink or grow `pages` to `num_pages` pages. Raises: errors of the allocation."""
 
     def open_range(self, num_pages: int, num_mappings: int) -> PageRange:
         """Reserve addresses of `num_pages` pages, for at most `num_mappings` runs. O(pages).
 
-        Raises: `ValueError` if the system allows fewer mappings; its error without addresses.
+        Raises: `ValueError` if the system allows fewer mappings; the system's error if it has no
+        addresses left.
         """
 
 
 class Memory(NamedTuple):
-    """The memory of blocks: [blocks, elements per block], and its pages if they can be mapped."""
+    """The memory of blocks, [blocks, elements per block]. `pool` has its pages, if mappable."""
 
     tier: Tensor
     pool: Pages | None = None
@@ -96,10 +99,10 @@ class Rows(Protocol):
         """
 
     def detach(self) -> None:
-        """Preserve the content of tensors of `caches` that are still in use, if the mode can.
+        """Preserve the content of tensors of `caches` that callers still use, if the mode can.
 
-        Call it before the blocks of rows change, unless tokens are only appended. O(bytes) for
-        tensors in use, else O(1).
+        Call it before the blocks of rows change, except when tokens are only appended. O(bytes) if
+        tensors are in use, else O(1).
         """
 
     def release(self, rows: Int32) -> None:

@@ -1,4 +1,4 @@
-"""Regions of equal length, each of which serves one sequence or the forks of one."""
+"""Regions of equal length. A region holds one sequence, or a sequence and its forks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Regions:
         num_tokens: token slots of a region.
         holders: int64 [regions], the sequences that share each region.
         published: int64 [regions], leading tokens that later prompts may reuse.
-        num_evicted: regions whose published tokens were lost, since the beginning.
-        num_never_used: regions that no sequence has had.
+        num_evicted: regions that lost published tokens, in total.
+        num_never_used: regions that no sequence has held yet.
     """
 
     def __init__(self, count: int, num_blocks: int, block_size: int) -> None:

@@ -1,11 +1,11 @@
-"""The block manager of mode "reserved": a region of the longest length for each sequence.
+"""The block manager of mode "reserved": a region of the maximum length for each sequence.
 
-This is how KV memory was managed before paging. Requests that share a prefix, and the samples of a
-request, each have a region of their own:
+Servers managed KV memory like this before paging. Requests that share a prefix, and the samples of
+a request, each have their own region:
 
     manager = ReservedManager(num_rows=8, max_length=2048)
-    seq = manager.allocate(prompt_ids)      # a region; seq.copies has the blocks of a known prefix
-    step = manager.append(seq, 1)           # never needs another region, unless it was forked
+    seq = manager.allocate(prompt_ids)      # takes a region; seq.copies: blocks of a cached prefix
+    step = manager.append(seq, 1)           # takes another region only after a fork
 
 A fork shares the region of its parent until one of the two grows: that one is copied to another.
 """
@@ -54,7 +54,7 @@ class _NoQuotas:
 
 
 class _Bounds:
-    """The bounds of what a sequence holds: a region, whatever its length."""
+    """Bounds on the blocks of a sequence: always a whole region."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
@@ -71,20 +71,21 @@ class _Bounds:
 class ReservedManager:
     """A `CacheManager` that reserves a region of consecutive blocks for each sequence. Thread-safe.
 
-    Region r has the blocks from `r * region_blocks` on: row r of `BlockStorage.open_rows`. Its
-    methods are those of `BlockManager`. What differs:
+    Region r has the blocks from `r * region_blocks` on: row r of `BlockStorage.open_rows`. The
+    methods are those of `BlockManager`, with these differences:
 
-    - `allocate` copies the longest prefix that another region has, in place of sharing it. Prompts
+    - `allocate` copies the longest cached prefix of another region instead of sharing it. Prompts
       with `mm_hashes` reuse nothing.
-    - `append` copies all tokens of a sequence that shares its region with a fork.
+    - `append` moves a sequence that shares its region with a fork to another region, and copies all
+      its tokens.
     - Both raise `OutOfBlocks` if no region is free, and for more than `max_length` tokens.
-    - `reserve` counts the unused blocks of regions: sequences grow into them.
-    - There is no host tier, and there are no quotas and no speculative tokens.
+    - The unused blocks of regions count towards `reserve`: sequences grow into them.
+    - There are no host blocks, quotas or speculative tokens.
     - In `Stats`, the unused blocks of regions are `num_kept`.
 
     Args:
         num_rows: the number of regions.
-        max_length: the most tokens of a sequence, rounded up to whole blocks.
+        max_length: maximum tokens of a sequence, rounded up to whole blocks.
         block_size: token slots of a block, a power of two.
     """
 
@@ -95,8 +96,8 @@ class ReservedManager:
         self.region_blocks = -(-max_length // block_size)
         self.num_blocks = num_rows * self.region_blocks
         self.num_host_blocks = 0
-        # No sequence sees more than a region. A scheduler shares nothing behind a window, so it
-        # expects each sample to take a region of its own.
+        # A region acts as a window. A scheduler shares no blocks behind a window, so it expects
+        # each sample to take its own region.
         self.windows: tuple[int | None, ...] = (self.region_blocks * block_size,)
         self.quotas, self.copies = _NoQuotas(), _Copies()
         self.queries = _Bounds(self.region_blocks)
@@ -227,9 +228,9 @@ class ReservedManager:
             return AppendPlan(np.concatenate([np.empty(0, np.int64), *slots]), pairs)
 
     def _leaving(self, sequences: list[ReservedSequence], counts: list[int]) -> list[bool]:
-        """Return which sequences need another region. Raises `OutOfBlocks` for a long one.
+        """Return which sequences need another region. Raises `OutOfBlocks` if one is too long.
 
-        Of those that share a region, the last one keeps it.
+        The last sequence of those that share a region keeps it.
         """
         sharing: dict[int, int] = {}
         leaving = []
@@ -284,7 +285,7 @@ class ReservedManager:
             self._regions.publish(sequence.region, sequence.prompt, reusable)
 
     def free(self, sequences: Target, *, publish: bool = False) -> None:
-        """End the handles. A region keeps its KV until another sequence takes it. O(n).
+        """Free sequences. A region keeps its KV until another sequence takes it. O(n).
 
         Raises: `StaleSequence`.
         """

@@ -76,7 +76,7 @@ class ReservedSequences:
     def find(self, named: Named) -> list[ReservedSequence]:
         """Return the sequences of handles. O(n).
 
-        Raises: `StaleSequence`; `ValueError` for a repeated one; `TypeError` for other objects.
+        Raises: `StaleSequence`, `ValueError` for a repeated handle, `TypeError` for other objects.
         """
         return [each for number in self._numbers(named) if (each := self._items[number])]
 

@@ -1,4 +1,4 @@
-"""Virtual: blocks anywhere in a pool, and mapped into a range of addresses for each row.
+"""Virtual: blocks anywhere in a pool, also mapped into a range of addresses for each row.
 
 Attention reads a row as one tensor. Sequences can still share blocks: a shared block is one page
 of memory at several addresses. The idea is vAttention's (Prabhu et al. 2024), whose code needs a
@@ -51,7 +51,7 @@ class Virtual(MappedMemory):
     ) -> Memory:
         if device.type != "cpu" or pinned:
             raise ValueError(
-                f'mode="virtual": needs a GPU of NVIDIA, or device="cpu" and pinned=False, not '
+                f'mode="virtual": needs an NVIDIA GPU, or device="cpu" and pinned=False, not '
                 f'device={str(device)!r}, pinned={pinned}. Take mode="paged", or no host_memory.'
             )
         pool = PagePool(num_blocks, layout.num_elements * dtype.itemsize)
@@ -87,7 +87,7 @@ class VirtualRows:
             self._range, self._is_detached = self._new_range(), False
 
     def _begin(self) -> None:
-        """Note that nothing is mapped."""
+        """Reset the record of mappings: nothing is mapped."""
         self._mapped: Int32 = np.full((self.num_rows, self.num_blocks), NO_PAGE, np.int32)
         self._last: tuple[bytes, tuple[int, ...], bytes] | None = None  # the call of `follow`
         self._num_drops = self._pool.num_drops
@@ -119,7 +119,7 @@ class VirtualRows:
 
         A row's blocks beyond the columns of `tables` are unmapped. `rows` must be distinct. A call
         with the arguments of the last one only compares them. Raises: `OSError` if the system
-        refuses; then the next call maps what is missing.
+        refuses; then the next call maps the rest.
         """
         self._take_range()
         self._range.enter()

@@ -197,7 +197,7 @@ def test_modes_without_rows_say_so() -> None:
         storage(mode="flat")
     with pytest.raises(ValueError, match=r"vm\.max_map_count=\d+: up to \d+ mappings are"):
         storage().open_rows(100_000, 400)
-    with pytest.raises(ValueError, match='mode="virtual": needs a GPU of NVIDIA, or device="cpu"'):
+    with pytest.raises(ValueError, match='mode="virtual": needs an NVIDIA GPU, or device="cpu"'):
         storage(device="meta")
 
 

@@ -213,7 +213,7 @@ def write_recording(
     closed: bool = True,
     **header: Any,
 ) -> Path:
-    """Write a run in which a request arrives every so many steps."""
+    """Write a run in which a request arrives every `every` steps."""
     server = InventedServer(num_blocks, block_size, seed, prompt, new)
     known = {"max_tokens": 8 * (prompt + new), "num_host_blocks": num_blocks, "block_bytes": 24576}
     first = Header("0.1.0", "engine", "paged", 1.7e9, block_size, num_blocks, **known | header)
