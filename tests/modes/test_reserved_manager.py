@@ -167,3 +167,14 @@ def test_what_it_cannot_do_it_says() -> None:
         manager.swap(sequence, "host")
     assert len(manager.swap(sequence, "device")) == 0
     assert np.array_equal(manager.lengths(manager.batch([sequence])), [3])
+
+
+def test_a_known_prompt_is_taken_from_a_free_region_before_it_is_copied() -> None:
+    manager = ReservedManager(3, 8, 4)
+    first, second = manager.allocate([1, 2, 3, 4, 5]), manager.allocate([1, 2, 3, 4, 5])
+    manager.commit([first, second])
+    manager.free(first)
+    third = manager.allocate([1, 2, 3, 4, 6])
+    assert (third.num_cached_tokens, len(third.copies)) == (4, 0)
+    assert manager.block_tables(second).tolist() == [[2, 3]]
+    manager.check()
