@@ -43,7 +43,7 @@ class ModeOptions:
     output_len: int = _requests("Generated tokens per request.", "TOKENS", 128)
     prefix_len: int = _requests("Length of a prefix shared by all prompts.", "TOKENS", 0)
     rates: str = _requests(
-        "Rates of arrival for the latency, as fractions of what paged serves, such as 0.2,0.5,0.8.",
+        "Arrival rates for latency, as fractions of the requests/s of paged, such as 0.2,0.5,0.8.",
         "X,...",
         "",
         shown="none",
@@ -57,11 +57,11 @@ class ModeOptions:
 
 @takes_options
 def modes(options: ModeOptions) -> None:
-    """Compare the modes of managing KV memory, in the same bytes.
+    """Compare the modes of KV memory on the same requests and memory.
 
-    Reserved keeps a region of --max-model-len tokens for each request, as before
-    paging. Paged and virtual take blocks as needed. All requests arrive at once;
-    with --rates also at random.
+    Mode reserved keeps a region of --max-model-len tokens for each request, as before
+    paging. Modes paged and virtual take blocks as needed. All requests arrive at once.
+    With --rates, further runs measure latency with random arrivals.
 
     Exit status: 0, 1 if a mode fails, or 2 for wrong usage.
     """

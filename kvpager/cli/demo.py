@@ -27,7 +27,7 @@ _Report = Annotated[
 def demo(settings: Settings, report: _Report = None, json_file: JsonFile = None) -> None:
     """Generate with DynamicCache and with kvpager, and compare texts and memory.
 
-    At the end, an engine runs many requests at once, and a page shows their memory.
+    At the end, an engine serves 48 requests, and a page shows their memory.
 
     Exit status: 0 if all outputs are identical or differ only by near-ties;
     1 for any other difference; 2 for wrong usage. In a near-tie the logits of

@@ -141,7 +141,7 @@ def gc(
 
 
 def probe() -> None:
-    """Print the prompt that a server computes before it shares a store: token ids, as JSON."""
+    """Print the probe prompt of cross_stack=True as token ids in JSON, for a server."""
     from kvpager.storage.tiers.agreement import probe_request
 
     typer.echo(json.dumps(probe_request()))

@@ -41,12 +41,14 @@ def assumptions(
     """Return what the figures assume, a line each. O(1)."""
     lines = [
         f"{workload.name}: {workload.prompt_tokens:,} prompt tokens, {workload.new_tokens:,} new",
-        f"{size(memory)} for the KV cache of each mode; without a shared prefix no block is shared",
+        f"{size(memory)} for the KV cache of each mode",
         f'mode "reserved" reserves {max_model_len:,} tokens for each request (the longest has '
         f"{workload.longest:,})",
     ]
     if limit is not None:
-        lines.append(f"the limit: 9 of 10 requests served within {limit:.2f} s of their arrival")
+        lines.append(
+            f"latency limit: 90% of the requests end within {limit:.2f} s of their arrival"
+        )
     return lines
 
 
