@@ -24,19 +24,19 @@ def _both(run: Run, pool: ReservedPool, reserved: list[Reserved], noun: str) -> 
         f"most {noun}s at once",
         f"{pool.most_running:,}",
         f"{run.most_running:,}",
-        "In the same memory.",
+        "With the same memory.",
     )
     yield (
-        "memory taken that holds tokens",
+        "taken memory that holds tokens",
         _percent(sum(each.tokens for each in reserved), taken),
         _percent(tokens, held),
-        "Mean of the shown steps; the rest is taken and empty.",
+        "Mean of the shown steps. The rest is taken and empty.",
     )
     yield (
         "most tokens at once",
         f"{max(each.tokens for each in reserved):,}",
         f"{run.most_tokens:,}",
-        "A shared token counts once when paged. Reserving has a copy for each sequence.",
+        "Paged, a shared token counts once. Reserved, each sequence has a copy.",
     )
     users = set(run.users.values())
     refused = len(users - {run.users[each] for each in pool.served})

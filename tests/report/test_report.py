@@ -126,7 +126,7 @@ def test_numbers_count_requests_that_never_had_a_region(tmp_path: Path) -> None:
     rows = {name: (reserved, paged) for name, reserved, paged, _ in run["numbers"]}
     assert rows["requests that never had a region"] == ("1 of 2", "")
     assert rows["most requests at once"] == ("1", "2")
-    assert rows["memory taken that holds tokens"] == ("20.3%", "83.3%")  # 13 of 64, 20 of 24
+    assert rows["taken memory that holds tokens"] == ("20.3%", "83.3%")  # 13 of 64, 20 of 24
 
 
 def test_a_life_lists_its_states_with_their_steps(two_requests) -> None:

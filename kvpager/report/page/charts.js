@@ -78,8 +78,8 @@ function svgPatterns(svg) {
 
 const AREAS = [
   ["live", "var(--good)", "tokens", "Slots of held blocks with a token."],
-  ["open", "url(#hatch)", "taken, empty", "Slots of held blocks without a token: the ends of sequences. Paging wastes no more than this."],
-  ["cached", "url(#dots)", "cached", "Blocks that no sequence holds, kept for prompts that begin alike; they leave when the room is needed."],
+  ["open", "url(#hatch)", "taken, empty", "Slots of held blocks without a token, at the ends of sequences."],
+  ["cached", "url(#dots)", "cached", "Blocks that no sequence holds, kept for prompts with the same prefix. They are evicted when their room is needed."],
   ["free", "var(--free)", "free", "Blocks that hold nothing."],
 ];
 
@@ -134,7 +134,7 @@ function occupancySentence(run, frame) {
 function showChartLegend(swapped) {
   const swatch = (...parts) => { const svg = drawn("svg", { viewBox: "0 0 22 22", "aria-hidden": "true" }); svg.append(...parts); return svg; };
   const items = AREAS.map(([, fill, name, meaning]) => element("li", { tip: meaning }, swatch(drawn("rect", { width: 22, height: 22, fill })), name));
-  items.push(element("li", { tip: "The tokens that would be in the same memory with one region per request." },
+  items.push(element("li", { tip: "The tokens that the same memory would hold with one region per request." },
     swatch(drawn("line", { class: "line dashed", x1: 0, x2: 22, y1: 11, y2: 11 })), "tokens if reserved"));
   if (swapped) items.push(element("li", { tip: "Blocks of preempted requests, in host memory until their requests continue." },
     swatch(drawn("rect", { width: 22, height: 22, fill: "var(--c4)" })), "swapped to host memory"));

@@ -107,7 +107,7 @@ function showNumbers(run) {
     element("th", { scope: "row" }, name), element("td", { class: "number" }, reserved), element("td", { class: "number" }, paged), element("td", {}, meaning)));
   document.getElementById("numbers").replaceChildren(head, element("tbody", {}, ...rows));
   document.getElementById("footer").textContent =
-    `Written by kvpager ${run.version}. ${run.complete ? "" : "The recording ends early: the run stopped or still runs. "}This file needs nothing else and sends nothing.`;
+    `Written by kvpager ${run.version}. ${run.complete ? "" : "The recording ends early: the run stopped or still runs. "}This file loads nothing and sends nothing.`;
 }
 
 async function start() {

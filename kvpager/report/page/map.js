@@ -174,7 +174,7 @@ function sentenceOf(run, side, index, cell) {
   const tokens = Math.round(cell.live * blockSize / scale), empty = blockSize - tokens, slots = counted(blockSize, "slot");
   if (side === "reserved") {
     const region = Math.floor(index / run.reserved.regionBlocks);
-    if (region >= run.reserved.regions) return `Block ${whole(first)} is left over: it is too little for another region.`;
+    if (region >= run.reserved.regions) return `Block ${whole(first)} is left over: the rest of the memory is too small for another region.`;
     if (!cell.held) return `Block ${whole(first)} is in region ${region}, which is free.`;
     const use = empty === 0 ? "is full" : tokens === 0 ? "is empty, and no other request may use it" : `holds ${counted(tokens, "token")} in ${slots}`;
     return `Block ${whole(first)} is in region ${region}, reserved for request ${cell.owner}: it ${use}.`;
@@ -184,7 +184,7 @@ function sentenceOf(run, side, index, cell) {
     const who = cell.owner === -1 ? "no request: its contents are on their way in" : `request ${cell.owner}`;
     return `Block ${whole(first)} belongs to ${who}; ${empty === 0 ? `all its ${slots} hold tokens` : `${tokens} of its ${slots} hold tokens, ${empty} ${empty === 1 ? "waits" : "wait"} for the next`}.`;
   }
-  if (cell.cached) return `Block ${whole(first)} is cached: no request holds it, and a prompt that begins alike may reuse it.`;
+  if (cell.cached) return `Block ${whole(first)} is cached: no request holds it, and a prompt with the same prefix may reuse it.`;
   return `Block ${whole(first)} is free: any request may take it.`;
 }
 

@@ -33,9 +33,9 @@ function frameNotes(run, frame) {
 }
 
 const SHARES = {
-  live: ["holds tokens", "Slots that hold a token: the memory does its work."],
-  open: ["taken, empty", "Slots that are taken and hold no token: nobody else can use them now."],
-  cached: ["cached", "Slots of finished prompts, kept while there is room: a prompt that begins alike reuses them."],
+  live: ["holds tokens", "Slots that hold a token."],
+  open: ["taken, empty", "Slots that are taken and hold no token. No other request can use them now."],
+  cached: ["cached", "Slots of finished prompts, kept while there is room. A prompt with the same prefix reuses them."],
   free: ["free", "Slots that any request may take."],
 };
 
@@ -88,7 +88,7 @@ const LOOKS = [
   ["live", "tokens of a request", "Filled: slots with tokens; each request has a colour and, if there is room, its number."],
   ["open", "taken, still empty", "Lines: slots that are taken and hold no token yet."],
   ["shared", "shared", "Dark: a block that is stored once and that several sequences read."],
-  ["cached", "cached", "Dots: a block of a finished prompt, kept for a prompt that begins alike."],
+  ["cached", "cached", "Dots: a block of a finished prompt, kept for a prompt with the same prefix."],
   ["free", "free", "Plain: a block that any request may take."],
 ];
 
@@ -105,7 +105,7 @@ function showLegend(run) {
       context.fillText("×3", 4.5, 15);
     }
     return element("li", { tip: meaning }, canvas, name);
-  }), ...(run.cellBlocks > 1 ? [element("li", { tip: "There are too many blocks to draw each: a cell adds up its blocks, and is as full as they are." }, `1 cell = ${whole(run.cellBlocks)} blocks`)] : []));
+  }), ...(run.cellBlocks > 1 ? [element("li", { tip: "The pool has too many blocks to draw each. A cell stands for several blocks, and its fill is their sum." }, `1 cell = ${whole(run.cellBlocks)} blocks`)] : []));
 }
 
 function showHeadline(run, frame) {
