@@ -78,8 +78,7 @@ def offload(
     Args:
         host_memory: bytes of host memory for blocks, or a text such as `"8GiB"`.
         tiers: URLs of stores below it, such as `"disk:/var/cache/kv?capacity=200GiB"`.
-        eviction: which blocks leave the host memory first: a name in
-            `kvpager.blocks.policies.POLICIES`.
+        eviction: which blocks leave first: a policy's name in `kvpager.blocks.policies.POLICIES`.
         model_id: the name of the model in the stores, such as `"llama-3-8b@8cde5ca"`; by default, a
             digest of its files.
         synchronous: take kvpager's connector, which copies within the step, not vLLM's

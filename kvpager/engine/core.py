@@ -131,17 +131,23 @@ class EngineCore:
         self._thread = threading.Thread(target=self._run, name="kvpager-engine", daemon=True)
         self.kv_events: Any = None  # `Publisher` needs the extra `events`
         try:
-            if kv_events is not None:
-                self.kv_events = publish(scheduler, kv_events, tiering)
-            if record is not None:
-                self._loop.recorder = record_engine(scheduler, runner, self._fetching, record)
-            with self._lock, Uninterrupted(self._lock):
-                self._thread.start()
-                _open_engines.add(self)
+            self._start(kv_events, record, tiering)
         except BaseException:
             self.stop()
             self._close_outputs()
             raise
+
+    def _start(
+        self, kv_events: KVEvents | None, record: Record | None, tiering: Tiering | None
+    ) -> None:
+        if kv_events is not None:
+            self.kv_events = publish(self.scheduler, kv_events, tiering)
+        if record is not None:
+            parts = self.scheduler, self.runner, self._fetching
+            self._loop.recorder = record_engine(*parts, record)
+        with self._lock, Uninterrupted(self._lock):
+            self._thread.start()
+            _open_engines.add(self)
 
     @property
     def is_open(self) -> bool:

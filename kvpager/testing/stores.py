@@ -15,50 +15,18 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import blake2b, shake_128
 
 import pytest
 
 from kvpager.storage.tiers.layout import BlockLayout
-from kvpager.storage.tiers.protocol import BlockStore, Loaded, Outcomes, Saved
+from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
+from kvpager.testing.store_calls import NEVER, block_of, key_of, load, read, save
 
-NEVER, PAST = float("inf"), float("-inf")
+PAST = float("-inf")
 _HIT, _MISS, _BAD, _LATE = Loaded
-
-
-def key_of(number: int) -> bytes:
-    """Return a key, the same for the same number. O(1)."""
-    return blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
-
-
-def block_of(key: bytes, num_bytes: int, version: int = 0) -> memoryview:
-    """Return the bytes that belong to a key, and others for each version. O(bytes)."""
-    return memoryview(shake_128(key + bytes([version])).digest(num_bytes))
-
-
-def load(
-    store: BlockStore, keys: Sequence[bytes], deadline: float = NEVER
-) -> tuple[list[int], list[bytes]]:
-    """Load keys; return their outcomes, and what the buffers hold then. O(bytes)."""
-    buffers = [bytearray(store.block_bytes) for _ in keys]
-    outcomes = store.load(keys, [memoryview(buffer) for buffer in buffers], deadline)
-    return _read(outcomes, len(keys)), [bytes(buffer) for buffer in buffers]
-
-
-def save(store: BlockStore, keys: Sequence[bytes], deadline: float = NEVER) -> list[int]:
-    """Save the blocks that belong to keys; return the outcomes. O(bytes)."""
-    blocks = [block_of(key, store.block_bytes) for key in keys]
-    return _read(store.save(keys, blocks, deadline), len(keys))
-
-
-def _read(outcomes: Outcomes, count: int) -> list[int]:
-    assert outcomes.dtype == "uint8"
-    assert outcomes.shape == (count,)
-    values: list[int] = outcomes.tolist()
-    return values
 
 
 def _in_threads(work: Callable[[int], None], count: int) -> None:
@@ -437,7 +405,7 @@ class StoreConformance:
             match chosen.choice(["save", "save", "load", "find", "drop"]):
                 case "save":
                     blocks = [block_of(key, self.block_bytes, step) for key in keys]
-                    outcomes = _read(store.save(keys, blocks, NEVER), len(keys))
+                    outcomes = read(store.save(keys, blocks, NEVER), len(keys))
                     for key, outcome, block in zip(keys, outcomes, blocks, strict=True):
                         if outcome == Saved.SAVED:
                             kept[key] = block

@@ -19,7 +19,7 @@ from kvpager.storage.tiers import frame
 from kvpager.storage.tiers.disk import DiskStore
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.seals import Mac, Seal
-from kvpager.testing.stores import key_of, save
+from kvpager.testing.store_calls import key_of, save
 from tests.support.valkey_servers import valkey
 
 LAYOUT = BlockLayout("of a test", 4096)

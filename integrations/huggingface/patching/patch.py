@@ -105,14 +105,17 @@ def patch(
 
     Raises: `TypeError`, `ValueError`, `KVPagerError`; errors of a store. The model is as before.
     """
-    settings = {"host_memory": host_memory, "tiers": tiers, "seal": seal, "model_id": model_id}
-    others = {"costs": costs, "cross_stack": cross_stack, "record": record}
-    stores = EngineConfig.of(None, settings | others)
     warn_if_untested()
-    dtype = _checked(model, dtype, prefix_cache, namespace, stores)
+    config = _stores(host_memory, tiers, seal, model_id, costs, cross_stack, record)
+    dtype = _checked(model, dtype, prefix_cache, namespace, config)
     budget = Budget(memory, block_size, kv_cache_dtype, host_memory, in_place=in_place, mode=mode)
     paged = PagedMemory(budget, dtype, eviction, namespace, keep_pools=prefix_cache)
-    return _begin(model, paged, stores)
+    return _begin(model, paged, config)
+
+
+def _stores(*settings: object) -> EngineConfig:
+    names = "host_memory", "tiers", "seal", "model_id", "costs", "cross_stack", "record"
+    return EngineConfig.of(None, dict(zip(names, settings, strict=True)))
 
 
 def _begin(model: nn.Module | None, paged: PagedMemory, stores: EngineConfig) -> Patch:

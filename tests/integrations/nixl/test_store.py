@@ -14,7 +14,7 @@ from kvpager.integrations.nixl import NixlStore, agent, mover, store
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import Loaded, Saved
 from kvpager.storage.tiers.urls import open_store
-from kvpager.testing.stores import block_of, key_of, load, save
+from kvpager.testing.store_calls import block_of, key_of, load, save
 from tests.support.fake_nixl import FakeAgent
 
 LAYOUT = BlockLayout("nixl", 4096)

@@ -9,7 +9,7 @@ from kvpager.blocks.policies import POLICIES
 from kvpager.errors import BrokenInvariant
 from kvpager.storage.tiers.keyed import NO_ROOM, KeyedTier
 from kvpager.storage.tiers.ranked import Ranked
-from kvpager.testing.stores import key_of
+from kvpager.testing.store_calls import key_of
 
 KEYS = [key_of(number) for number in range(20)]
 

@@ -10,7 +10,7 @@ import pytest
 from kvpager.blocks.policies import POLICIES
 from kvpager.storage.tiers.eviction_order import SlotPolicy
 from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier
-from kvpager.testing.stores import key_of
+from kvpager.testing.store_calls import key_of
 
 
 def keys(*numbers: int) -> list[bytes]:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvpager.blocks.policies import POLICIES
 from kvpager.storage.tiers.keyed import KNOWN, NO_ROOM, KeyedTier
-from kvpager.testing.stores import key_of
+from kvpager.testing.store_calls import key_of
 
 NUM_KEYS = 12
 # Three prompts: 0 1 2 3, its other end 4 5, and 8 9 10 11. 6 and 7 have no place in a prompt.

@@ -16,7 +16,7 @@ from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import BlockStore
 from kvpager.storage.tiers.seals import Digest, Seal
 from kvpager.storage.tiers.urls import open_store, open_stores
-from kvpager.testing.stores import key_of, load, save
+from kvpager.testing.store_calls import key_of, load, save
 
 LAYOUT = BlockLayout("urls", 4096)
 
