@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvpager import _textfile as textfile
+from kvpager.recording import textfile
 from kvpager.recording.format import End, Header, Step, parse_header, parse_line
 
 

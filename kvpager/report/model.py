@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from kvpager import _textfile as textfile
+from kvpager.recording import textfile
 from kvpager.recording.format import BLOCKS_MAX, Step
 from kvpager.recording.reader import Recording
 from kvpager.recording.replay import ReplayedState

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvpager import _textfile as textfile
 from kvpager import _validate as arguments
 from kvpager.blocks.manager import BlockManager
 from kvpager.plans import Int32
+from kvpager.recording import textfile
 from kvpager.simulate.policies import COMPARED
 from kvpager.simulate.recording import TraceRecorder
 

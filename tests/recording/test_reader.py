@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpager import _textfile
-from kvpager.recording import replay
+from kvpager.recording import replay, textfile
 from kvpager.recording.format import STATES, Header, encoded, encoded_header, parse_line
 from kvpager.recording.reader import Recording
 from kvpager.recording.replay import ReplayedState
@@ -178,7 +177,7 @@ def test_nothing_follows_the_end(tmp_path: Path) -> None:
 
 
 def test_a_huge_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_textfile, "LINE_BYTES_MAX", 1000)
+    monkeypatch.setattr(textfile, "LINE_BYTES_MAX", 1000)
     path = saved(tmp_path, encoded_header(HEADER), FIRST, b" " * 2000)
     with pytest.raises(ValueError, match="line 3: longer than 1,000 bytes"):
         list(Recording(path))

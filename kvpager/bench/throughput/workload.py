@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvpager import _textfile as textfile
 from kvpager import _validate as arguments
+from kvpager.recording import textfile
 from kvpager.simulate.replay import Recorded, read_records
 
 FIRST_ID = 3  # special tokens usually have lower ids

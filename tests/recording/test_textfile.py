@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvpager import _textfile as textfile
+from kvpager.recording import textfile
 from kvpager.simulate import replay
 from kvpager.simulate.generate import generate_trace
 from kvpager.simulate.replay import read_trace
