@@ -233,9 +233,10 @@ def test_a_cell_of_several_blocks_adds_them_up() -> None:
     live, held, holders, owners = (zeros.copy() for _ in range(4))
     live[:3], held[:2], holders[:3], owners[:3] = (10, 5, 0), 10, 1, (300, 5, 300)
     holders[3:6], held[3:6] = (2, 7, 1), 10
+    holders[6:9], held[6:9] = (1, 1, 2), 10  # most are not shared
     planes = grid.cells(Blocks(live, held, zeros, holders, owners))
     assert planes[:2, 0].tolist() == [32, 43]  # half of 64 parts, and two thirds
-    assert planes[3, :3].tolist() == [1, 7, 0]
+    assert planes[3, :4].tolist() == [1, 7, 1, 0]
     assert planes[4:, 0].tolist() == [300 % 256, 1, 0]  # the request with the most blocks
 
 
