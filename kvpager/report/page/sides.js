@@ -71,8 +71,8 @@ function showBelow(run, side, frame, root, pick) {
   }
   if (!reserved.regions) return below.replaceChildren(`Not one region of ${whole(reserved.maxTokens)} tokens fits into this memory.`);
   if (!reserved.waiting[frame]) return below.replaceChildren(`${whole(reserved.running[frame])} of ${counted(reserved.regions, "region")} taken.`);
-  const names = reserved.waitingIds[frame], more = reserved.waiting[frame] - names.length;
-  below.replaceChildren("Would be refused, for lack of a region: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : "");
+  const names = reserved.waitingIds[frame], more = reserved.waiting[frame] - names.length, queued = run.frames.queued[frame];
+  below.replaceChildren("Waiting for a region: ", ...names.map(each => chip(each, pick)), more > 0 ? ` and ${whole(more)} more.` : ".", queued ? ` ${whole(queued)} more wait${queued > 1 ? "" : "s"} on both sides.` : "");
 }
 
 function chip(request, pick) {
@@ -121,8 +121,8 @@ function showHeadline(run, frame) {
   document.getElementById("headline").textContent = most + (paged.running ? other : "");
   document.getElementById("lead").textContent =
     `Both have the same memory: ${counted(run.numBlocks, "block")} of ${counted(run.blockSize, "token")}${run.blockBytes ? ` (${bytes(run.numBlocks * run.blockBytes)})` : ""}${run.grew ? ", the pool at its largest" : ""}. ` +
-    `Reserving sets aside room for the longest possible text, ${whole(run.reserved.maxTokens)} tokens, for every ${noun}. Paging hands out blocks as tokens come, and stores once what prompts share.`;
+    `Reserving sets aside the maximum length, ${whole(run.reserved.maxTokens)} tokens, for every ${noun}. Paging hands out blocks as tokens arrive, and stores shared prefixes once.`;
   document.getElementById("compare-note").textContent =
-    `Move the slider below, or press play. On the left, a ${noun} with a region is as far as it is on the right.` +
+    `Move the slider below, or press play. A ${noun} with a region on the left has as many tokens as on the right.` +
     (run.reserved.isLongest ? ` The run has no maximum length: a region is as long as its longest ${noun}.` : "");
 }
