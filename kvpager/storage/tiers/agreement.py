@@ -27,7 +27,7 @@ from kvpager import _validate as arguments
 from kvpager._text import listed
 from kvpager.plans import Int32
 from kvpager.storage.keys import KeyContext, content_keys
-from kvpager.storage.tiers.asking import outcomes_of
+from kvpager.storage.tiers.asking import found_in, outcomes_of
 from kvpager.storage.tiers.layout import BlockLayout
 from kvpager.storage.tiers.protocol import BlockStore, Loaded, Saved
 from kvpager.storage.tiers.seals import Digest, namespace_secret
@@ -213,10 +213,7 @@ def agree(
     `probe` is uint8 [512 / block_size, bytes of a block].
     """
     stores = [store for store in stores if not getattr(store, "is_private", False)]
-    layout = common.layout
-    secret = namespace_secret(Digest.master, None)
-    context = KeyContext(f"{layout.text}; probe", model_id, secret)
-    keys = content_keys(probe_prompt(), common.block_size, context)
+    keys = _probe_keys(common, model_id)
     theirs = _stored(stores, keys, probe)
     if theirs is None:
         _save(stores, keys, probe)
@@ -229,7 +226,34 @@ def agree(
     digest = blake2b(reference.tobytes(), digest_size=16, person=b"kvpager probe").hexdigest()
     agreement = Agreement(f"{model_id}; agrees with {digest}", difference, is_shared)
     _log(agreement, common, model_id)
+    _warn_of_strangers(stores, common, model_id)
     return agreement
+
+
+def _probe_keys(common: CommonLayout, model_id: str) -> list[bytes]:
+    """Return the keys of the probe's blocks. No block of a prompt has one of them. O(tokens)."""
+    secret = namespace_secret(Digest.master, None)
+    context = KeyContext(f"{common.layout.text}; probe", model_id, secret)
+    return content_keys(probe_prompt(), common.block_size, context)
+
+
+def _warn_of_strangers(stores: Sequence[BlockStore], common: CommonLayout, model_id: str) -> None:
+    """Warn if a store has probes of the model in another block size or dtype. O(stores)."""
+    sizes = [2**power for power in range(PROBE_TOKENS.bit_length())]
+    layouts = [
+        common._replace(block_size=size, dtype=dtype) for dtype in TOLERANCES for size in sizes
+    ]
+    layouts.remove(common)
+    first = {each: _probe_keys(each, model_id)[:1] for each in layouts}
+    found = [each for each in layouts if any(found_in(store, first[each]) for store in stores)]
+    if found:
+        logger.warning(
+            "kvpager: cross_stack: a store has blocks of model_id=%r with another layout: %s. This "
+            "engine has %d tokens in %s, and shares nothing with those stacks. Set the same block "
+            "size (vLLM: block_size * blocks_per_chunk) and dtype on all sides.",
+            model_id, ", ".join(f"{each.block_size} tokens in {each.dtype}" for each in found),
+            common.block_size, common.dtype,
+        )  # fmt: skip
 
 
 def _log(agreement: Agreement, common: CommonLayout, model_id: str) -> None:

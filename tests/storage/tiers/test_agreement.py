@@ -221,6 +221,33 @@ def test_a_lost_reference_never_mixes_stacks_that_differ() -> None:
     assert join(store, numbers()).model == first.model
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(16, "float32"), (512, "float32"), (64, "float16"), (1, "bfloat16")]
+)
+def test_stacks_with_another_block_size_or_dtype_are_told_so(
+    size: int, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = CommonLayout.of(size, COMMON.layers, dtype)
+    server = dict.fromkeys(join_as(other, "m").blocks, b"")  # a server has any size of value
+    for model_id, is_told in (("another model", False), ("m", True)):
+        caplog.clear()
+        store = store_of()
+        store.blocks = dict(server)
+        assert join(store, numbers(), model_id).is_shared
+        told = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+        assert len(told) == is_told
+        assert all(f"{size} tokens in {dtype}" in each for each in told)
+        assert all("64 tokens in float32" in each for each in told)
+
+
+def join_as(common: CommonLayout, model_id: str) -> DictStore:
+    """Return a store with the probe of a stack of another layout."""
+    store = store_of(common)
+    shape = PROBE_TOKENS // common.block_size, common.layout.block_bytes
+    agree([store], common, model_id, np.ones(shape, np.uint8))
+    return store
+
+
 def test_a_reference_that_lost_a_block_is_completed() -> None:
     store, slight = store_of(), [part * (1 + 5e-5) for part in numbers()]
     join(store, numbers())
