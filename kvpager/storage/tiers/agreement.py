@@ -175,10 +175,13 @@ def rope_obstacle(config: Any) -> str | None:
 
     None if they do not. `config` is a configuration of transformers, which vLLM uses, too.
     """
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if kind not in _LENGTH_DEPENDENT:
-        return None
-    return f"its rotary embedding ({kind}) depends on the length of a prompt"
+    stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some models state one embedding for each kind of layer.
+    for each in (stated, *(part for part in stated.values() if isinstance(part, dict))):
+        kind = each.get("rope_type", each.get("type"))
+        if kind in _LENGTH_DEPENDENT:
+            return f"its rotary embedding ({kind}) depends on the length of a prompt"
+    return None
 
 
 def probe_request() -> list[int]:

@@ -132,6 +132,14 @@ def test_other_blocks_are_refused(block_size: int, dtype: str, why: str) -> None
 def test_keys_that_depend_on_the_length_of_a_prompt_are_refused(kind: str | None) -> None:
     config = SimpleNamespace(rope_parameters=kind and {"rope_type": kind})
     assert (rope_obstacle(config) is not None) == (kind in ("dynamic", "longrope"))
+    by_layer = {
+        "sliding_attention": {"rope_type": "default"},
+        "full_attention": {"rope_type": kind},
+    }
+    others = [{"rope_parameters": by_layer}, {"rope_scaling": {"type": kind, "factor": 2.0}}]
+    for each in others:  # of each kind of layer, and of code for earlier versions of transformers
+        found = rope_obstacle(SimpleNamespace(**each))
+        assert (found is not None) == (kind in ("dynamic", "longrope"))
     assert rope_obstacle(SimpleNamespace()) is None
 
 
