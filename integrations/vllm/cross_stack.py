@@ -1,7 +1,7 @@
-"""One cache for vLLM and other stacks: what a chunk is called, and when it may be shared.
+"""One cache for vLLM and other stacks: the keys of chunks, and the self-test before sharing.
 
-run_probe(llm)    the probe's chunks reach host memory ─▶ agree ─▶ stores open, chunks get
-                  the names that other stacks use
+run_probe(llm)    the probe's chunks reach host memory ─▶ agree ─▶ the stores open, and chunks get
+                  the keys that other stacks use
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ logger = logging.getLogger("kvpager")
 
 
 def run_probe(llm: Any) -> None:
-    """Let an `LLM` of `offload(..., cross_stack=True)` compute the probe. Call it once, at first.
+    """Let an `LLM` of `offload(..., cross_stack=True)` compute the probe.
 
-    Afterwards the engine shares blocks, unless its log says why not.
+    Call it once, before the first prompt. Then the engine shares blocks, unless its log says why
+    not.
     """
     from vllm import SamplingParams
 
@@ -61,7 +62,10 @@ def common_layout_of(
         tokens = group.tokens_per_block * config.cache.blocks_per_chunk
         shapes = [(s.num_kv_heads, s.head_size, s.head_size_v) for s in _specs(kv_cache_config)]
         if tokens & (tokens - 1):
-            raise ValueError(f"cross_stack: chunks have {tokens} tokens, expected a power of two")
+            raise ValueError(
+                f"cross_stack: chunks have {tokens} tokens, expected a power of two. Change vLLM's "
+                "block_size or blocks_per_chunk."
+            )
         common = CommonLayout.of(tokens, shapes, config.model.dtype)
         block_bytes = common.layout.block_bytes
         if block_bytes == config.worker_kv_bytes_per_block * config.cache.blocks_per_chunk:
@@ -83,7 +87,7 @@ def _specs(kv_cache_config: Any) -> list[Any]:
 
 def _obstacle(config: OffloadingConfig, vllm_config: Any, kv_cache_config: Any) -> str | None:
     if config.parallel.world_size != 1:
-        return "several workers have a part of each block"
+        return "several workers each have a part of a block"
     if len(config.groups) != 1 or len(kv_cache_config.kv_cache_groups) != 1:
         return "it has several groups of layers, such as those with sliding windows"
     for spec in _specs(kv_cache_config):
@@ -94,16 +98,16 @@ def _obstacle(config: OffloadingConfig, vllm_config: Any, kv_cache_config: Any) 
     if layers != sorted(layers):
         return "its layers are not in order"
     if config.enable_kv_cache_events:
-        return "KV events have vLLM's hashes, and its chunks have other names"
+        return "KV events have vLLM's hashes, but shared chunks have other keys"
     if vllm_config.model_config.max_model_len <= PROBE_TOKENS:
         return f"max_model_len must be above {PROBE_TOKENS}, the length of the probe"
     return rope_obstacle(vllm_config.model_config.hf_text_config)
 
 
 class CrossStack:
-    """Names the chunks of an engine as other stacks do, once the probe has been computed.
+    """Gives the chunks of an engine the keys that other stacks use, after the probe was computed.
 
-    Until then names are of no use to others, and the stores below `manager` are closed.
+    Before that, the keys are private to this engine, and the stores below `manager` are closed.
     """
 
     def __init__(
@@ -114,20 +118,24 @@ class CrossStack:
         self._layout = common.layout
         count = PROBE_TOKENS // common.block_size
         if manager.num_slots < count:
-            raise ValueError(f"host_memory: room for {manager.num_slots} of {count} blocks")
+            raise ValueError(
+                f"host_memory: room for {manager.num_slots} of {count} blocks of the probe. Raise "
+                "host_memory."
+            )
         self._model = f"{model_id}; before the probe {os.urandom(16).hex()}"
         name = self._chain(None, None, probe_prompt().tolist())
         self._probe = {name(number): number for number in range(count)}
         self._blocks = np.zeros((count, self._layout.block_bytes), np.uint8)
         logger.warning(
-            "kvpager: cross_stack: nothing is shared before this engine has computed the probe. "
-            "Call kvpager.integrations.vllm.run_probe, or send what `kvpager tiers probe` prints."
+            "kvpager: cross_stack: this engine shares no blocks until it has computed the probe. "
+            "Call kvpager.integrations.vllm.run_probe, or send the output of `kvpager tiers probe` "
+            "as a prompt."
         )
 
     def names(self, request: Any) -> Names:
-        """Return what names the chunks of a request of vLLM. O(1).
+        """Return a function that gives the keys of a vLLM request's chunks. O(1).
 
-        Chunks of prompts with images or embeddings have no name: other stacks see other tokens.
+        Chunks of prompts with images or embeddings have no key: token ids do not identify them.
         """
         if request.mm_features or request.prompt_embeds is not None:
             return lambda *_: None
@@ -138,7 +146,7 @@ class CrossStack:
         return lambda group, number: name(number)
 
     def _chain(self, salt: str | None, lora: str | None, ids: Sequence[int]) -> Any:
-        """Return the function that names successive blocks of a prompt."""
+        """Return a function that gives the keys of a prompt's blocks, in order."""
         secret = namespace_secret(Digest.master, salt)
         context = KeyContext(self._layout.text, self._model, secret, lora)
         size = self._common.block_size

@@ -100,7 +100,7 @@ def offload(
         **settings,
     }
     if Options.of(extra).cross_stack and not synchronous:
-        raise ValueError("cross_stack: expected synchronous=True beside it")
+        raise ValueError("cross_stack: expected synchronous=True. Pass both.")
     if not arguments.flag("synchronous", synchronous):
         extra |= {
             "spec_name": "KvpagerOffloadingSpec",

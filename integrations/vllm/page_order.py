@@ -52,7 +52,7 @@ def page_orders(
         write = partial(layer.impl.do_kv_cache_update, layer)
         try:
             if len(its_pages) != kv_cache_config.num_blocks:
-                raise ValueError("vLLM divides its blocks into smaller pages")
+                raise ValueError("its blocks are divided into smaller pages")
             order = page_order(write, its_pages, vllm_config.cache_config.block_size, shape)
         except ValueError as error:
             raise NotImplementedError(f"cross_stack: {name}: {error}") from None

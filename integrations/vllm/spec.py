@@ -45,7 +45,7 @@ class KvpagerOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         self._common, self.orders = common, list[PageOrder]()
         self._options = Options.of(config.extra_config)
         if self._options.cross_stack and common is None:
-            raise ValueError('cross_stack: expected kv_connector="KvpagerConnector"')
+            raise ValueError('cross_stack: expected kv_connector="KvpagerConnector". Pass it, too.')
         self._model_config = current_model_config()
         num_bytes = config.worker_kv_bytes_per_block * self.blocks_per_chunk
         num_bytes *= config.parallel.world_size

@@ -1,8 +1,8 @@
 """What changed in a manager between two looks, for a recording: `manager.queries.changes()`.
 
-No verb reports anything. A look compares the tables, lengths and cached blocks with copies from the
-look before, in a few vector operations. Only tables that differ are read one by one. The prefix
-index notes the parents of published blocks after the first look, see `PrefixIndex.recent`.
+The verbs of a manager report nothing. Instead, a look compares tables, lengths and cached blocks
+with copies from the look before, in a few vector operations. Only tables that differ are read one
+by one. After the first look, `PrefixIndex.recent` notes the parents of published blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NO_ROWS: Int64 = np.empty(0, np.int64)
 
 
 class Begun(NamedTuple):
-    """A sequence that began. `cached_tokens` had their KV in the pool already."""
+    """A sequence that began. The KV of its first `cached_tokens` tokens was in the pool already."""
 
     number: int
     sequence: SequenceHandle
@@ -33,14 +33,14 @@ class ManagerChanges(NamedTuple):
     Attributes:
         num_blocks: blocks on the device, now.
         unpublished: blocks that left the prefix index.
-        published: lists of a parent and the blocks behind it in the index, each behind the one
-            before; parent -1 for the front. A block listed again has moved.
+        published: lists of a parent and the blocks after it in the prefix tree. Each block follows
+            the one before it. Parent -1 is the root. A block listed again has moved.
         ended: numbers of sequences.
-        begun: sequences, which begin without tokens and blocks.
+        begun: new sequences, still without tokens and blocks.
         grown: numbers of the sequences that grew by one token in every group, ascending.
         lengths: (number, group, tokens with a slot) of the others that changed.
-        tables: (number, group, n, blocks): the table is its first n entries, then `blocks`: device
-            blocks, -1, or -2 - h for host block h.
+        tables: (number, group, n, blocks): keep the first n entries of the table, then append
+            `blocks`: device blocks, -1 for none, or -2 - h for host block h.
         counts: blocks held, cached only, kept, free, on the host; token slots in use on the device.
         totals: blocks copied, evicted, swapped out and in; tokens looked up, and found.
     """
@@ -58,9 +58,10 @@ class ManagerChanges(NamedTuple):
 
 
 class Changes:
-    """Compares a manager with what it was at the last look. Thread-safe as the manager is.
+    """Compares a manager with its state at the last look. As thread-safe as the manager.
 
-    The first look reports all there is. Memory: a copy of the block tables, and a byte per block.
+    The first look reports the whole state. Memory: a copy of the block tables, and a byte per
+    block.
     """
 
     def __init__(self, state: BlockState) -> None:
@@ -76,7 +77,7 @@ class Changes:
         self._data = NO_BLOCKS  # of the block tables
 
     def follow(self, state: BlockState) -> None:
-        """Look at another manager from now on; what the one before had is gone. O(sequences)."""
+        """Look at another manager from now on. All earlier sequences have ended. O(sequences)."""
         self._state = state
         self._recent, self._version = None, (-1, -1)
         # No generation is negative, so all sequences have ended.

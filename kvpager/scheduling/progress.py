@@ -1,4 +1,4 @@
-"""How far requests are, from one look to the next, for a recording: `scheduler.progress()`."""
+"""What changed in a scheduler's requests between two looks: `scheduler.progress()`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HELD = "fetching"  # a held request waits for its blocks from a tier
 
 
 class RequestChanges(NamedTuple):
-    """What changed since the last look. Requests are numbers, by arrival.
+    """What changed since the last look. Requests are numbered by arrival.
 
     Attributes:
         arrived: (request, prompt tokens, maximum new tokens, samples) of new requests.
@@ -52,10 +52,10 @@ class Progress:
         """Return what changed; `ended` as in `StepPlan`. O(changes + preempted + held requests).
 
         O(running requests) if the set of decoding sequences has changed. `changes` of the manager
-        say nothing that the scheduler does not know.
+        are ignored: the scheduler knows all of them.
         """
         states: list[tuple[int, str]] = []
-        # No plan reports what ends when an engine is closed.
+        # No plan reports the requests that end when an engine is closed.
         for request_id, reason in [*ended, *self._table.unreported]:
             number = self._numbers.pop(request_id, None)
             if number is not None:

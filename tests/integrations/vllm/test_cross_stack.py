@@ -160,7 +160,7 @@ def test_before_the_probe_nothing_is_read_or_saved(
     assert engine.serve(PROMPT) == 0
     engine.settle()
     assert (store.num_loads, store.num_saves, asked) == (*before, [])
-    assert "nothing is shared before" in caplog.text
+    assert "shares no blocks until it has computed the probe" in caplog.text
 
 
 @pytest.mark.parametrize("step_tokens", [1000, 100])

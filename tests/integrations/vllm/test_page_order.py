@@ -77,7 +77,7 @@ def scaled(keys: Tensor, values: Tensor, pages: Tensor, slots: Tensor) -> None:
 
 @pytest.mark.parametrize("write", [lossy, twice, scaled])
 def test_a_backend_that_keeps_other_numbers_is_refused(write: Write) -> None:
-    with pytest.raises(ValueError, match="do not hold each number of a block once"):
+    with pytest.raises(ValueError, match="do not hold each number of a block exactly once"):
         page_order.page_order(write, torch.zeros(3, 2, 8, 8), 8, (2, 4, 4))
 
 
