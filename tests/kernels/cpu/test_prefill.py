@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -121,3 +124,36 @@ def test_prefill_uses_the_matrix_units_of_a_cpu_that_has_them() -> None:
     native = require("amx")
     assert native.library.matrix_units
     assert not require("avx512bf16").library.matrix_units
+
+
+# Lets the kernel refuse ARCH_REQ_XCOMP_PERM (0x1023) of arch_prctl (158), as some sandboxes do.
+_WITHOUT_PERMISSION = """
+import ctypes, struct, torch
+steps = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023),
+         (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+libc = ctypes.CDLL(None)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
+    raise SystemExit(77)
+from tests.support.kernel_cases import *
+from tests.support.native_kernels import require
+native = require("amx")
+assert not native.library.matrix_units
+case = Case(((150, 150), (61, 200)), window=33)
+call = make_call(case, torch.bfloat16)
+blocks = in_blocks(case, call, 16, torch.bfloat16)
+output = attend(case, call, blocks, kernels=native.kernels)
+assert_as_exact_as_plain_torch(case, call, output, torch.bfloat16)
+"""
+
+
+@pytest.mark.slow
+def test_prefill_needs_no_permission_for_matrix_units() -> None:
+    require("amx")
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_PERMISSION], capture_output=True, text=True, timeout=120
+    )
+    if done.returncode == 77:
+        pytest.skip("this system filters no calls")
+    assert done.returncode == 0, done.stderr
