@@ -118,8 +118,10 @@ def compare(block: Block, shown: str, printed: str) -> None:
 def _shell(command: str, folder: Path) -> str:
     """Run a command, in the repository's root if it is one of a checkout."""
     is_of_checkout = re.match(r"make |python (-m )?(examples|benchmarks|tests)\b", command)
-    # Within `make`, another make prints which folder it enters.
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    # Within `make`, another make prints which folder it enters, and inherits what ARGS is.
+    outside = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))
+    }
     programs, ready = Path(sys.executable).parent, folder / "ready"
     ready.touch()
     environment = outside | {
