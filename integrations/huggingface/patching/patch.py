@@ -101,7 +101,7 @@ def patch(
         costs: with `tiers`, how long the model computes prompts; None measures it.
         mode: `"virtual"` maps blocks so that all attention code reads them without a gather.
         cross_stack: share `tiers` with other serving stacks, such as vLLM, after a self-test.
-        record: a file to note each step in, for `kvpager report` and `kvpager top`.
+        record: path of a recording of each step, for `kvpager report` and `kvpager top`.
 
     Raises: `TypeError`, `ValueError`, `KVPagerError`; errors of a store. The model is as before.
     """
