@@ -76,8 +76,7 @@ class ReservedManager:
 
     - `allocate` copies the longest cached prefix of another region instead of sharing it. Prompts
       with `mm_hashes` reuse nothing.
-    - `append` moves a sequence that shares its region with a fork to another region, and copies all
-      its tokens.
+    - `append` copies a sequence that shares its region with a fork to another region.
     - Both raise `OutOfBlocks` if no region is free, and for more than `max_length` tokens.
     - The unused blocks of regions count towards `reserve`: sequences grow into them.
     - There are no host blocks, quotas or speculative tokens.
