@@ -443,11 +443,17 @@ def test_the_capacity_may_change_between_restarts(
     "options",
     [{"layout": BlockLayout("another", 8192)}, {"seal": Mac(SECRET)}, {"seal": Encrypted(SECRET)}],
 )
-def test_blocks_of_another_layout_or_seal_are_deleted(open_store: Open, options: Any) -> None:
+def test_blocks_of_another_layout_or_seal_are_deleted(
+    open_store: Open, options: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     store = open_store()
     save(store, 1, 2)
     store.close()
+    assert not caplog.records
     store = open_store(**options)
+    [record] = caplog.records  # it tells what differs
+    assert repr(LAYOUT.text) in record.getMessage()
+    assert repr(options.get("layout", LAYOUT).text) in record.getMessage()
     assert store.stats().num_blocks == 0
     assert load(store, 1) == [Loaded.MISS]
     assert save(store, 1) == [Saved.SAVED]

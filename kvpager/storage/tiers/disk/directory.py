@@ -46,6 +46,7 @@ class Directory:
             self._check_secret(found, framing)
             wanted = _described(framing)
             if not _same_layout(found, wanted):
+                self._warn_of(found, wanted)
                 self._start_anew(wanted, framing, slots_per_file)
                 found = {"slots_per_file": slots_per_file}
             self.slots_per_file = int(found["slots_per_file"])
@@ -89,9 +90,16 @@ class Directory:
                 "Pass that secret, or choose another directory."
             )
 
-    def _start_anew(self, wanted: dict[str, Any], framing: Framing, slots_per_file: int) -> None:
+    def _warn_of(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """Warn if there are blocks to delete."""
         if (self.path / TABLE).exists():
-            logger.warning("%s holds blocks of another layout or seal: deleting them", self.path)
+            logger.warning(
+                "%s holds blocks of another layout or seal: deleting them. Found: %.1000r, seal "
+                "%s. Expected: %r, seal %s.",
+                self.path, found.get("layout"), found.get("seal"), wanted["layout"], wanted["seal"],
+            )  # fmt: skip
+
+    def _start_anew(self, wanted: dict[str, Any], framing: Framing, slots_per_file: int) -> None:
         self.discard()
         os.chmod(self.path, 0o700)
         proof = framing.seal.seal(_FORMAT.encode(), memoryview(_PROVED))
