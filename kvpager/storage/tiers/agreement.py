@@ -261,9 +261,14 @@ def _warn_of_strangers(stores: Sequence[BlockStore], common: CommonLayout, model
 
 def _log(agreement: Agreement, common: CommonLayout, model_id: str) -> None:
     blocks = f"blocks of {common.block_size} tokens of model_id={model_id!r}"
-    found = "no store keeps the probe"
-    if agreement.difference is not None:
-        found = f"{_shown(agreement.difference)}, at most {_shown(TOLERANCES[common.dtype])}"
+    if agreement.difference is None:
+        logger.warning(
+            "kvpager: cross_stack: no store kept the probe, so other stacks may not find "
+            "the %s. Check that the stores answer and have room for %d blocks, and restart.",
+            blocks, PROBE_TOKENS // common.block_size,
+        )  # fmt: skip
+        return
+    found = f"{_shown(agreement.difference)}, at most {_shown(TOLERANCES[common.dtype])}"
     if agreement.is_shared:
         logger.info("kvpager: %s are shared with other stacks (differences: %s)", blocks, found)
     else:

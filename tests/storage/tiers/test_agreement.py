@@ -248,6 +248,18 @@ def test_stacks_with_another_block_size_or_dtype_are_told_so(
         assert all("64 tokens in float32" in each for each in told)
 
 
+@pytest.mark.parametrize("fault", [{"fails": True}, {"answer": Saved.REFUSED}], ids=str)
+def test_a_stack_whose_stores_did_not_keep_the_probe_is_told_so(
+    fault: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_of()
+    vars(store).update(fault)
+    assert join(store, numbers()).difference is None
+    told = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert len(told) == 1
+    assert "no store kept the probe" in told[0]
+
+
 def join_as(common: CommonLayout, model_id: str) -> DictStore:
     """Return a store with the probe of a stack of another layout."""
     store = store_of(common)
