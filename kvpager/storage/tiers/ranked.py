@@ -13,7 +13,7 @@ class Ranked:
 
     A push gives each slot the next number. Slots of one push with equal ranks are a *run*, one
     entry of the heap: its rank, the number of its first slot, a number above that of its last slot,
-    and the slots, last first. An entry of a slot that was pushed again, or forgotten, is ignored.
+    and the slots, last first. `Ranked` skips entries of slots that were pushed again or forgotten.
 
     A held slot is passed over, and leaves in its place after `release`.
     """

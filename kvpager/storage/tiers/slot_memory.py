@@ -35,7 +35,7 @@ class Lease:
     `write` has given them back, and a save until `Saver.submit` owns them.
 
     Attributes:
-        slots: the slots to give back. After it is set to [], another owner gives them back.
+        slots: the slots to give back. Set it to [] once another owner will give them back.
     """
 
     def __init__(self, memory: SlotMemory, slots: Iterable[int] = ()) -> None:
